@@ -1,0 +1,1 @@
+"""Stage commands: `python -m nanochat_lib.scripts.NAME --help`."""

@@ -1,0 +1,1 @@
+"""Tasks: conversations to train on and questions to be graded, exported from lesson 09."""
