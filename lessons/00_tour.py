@@ -1,0 +1,289 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 00 · The tour
+#
+# *What is the whole path, and does it run on my machine?* — 10 minutes, about two of them computing.
+
+# %%
+#| default_exp common
+
+# %%
+#| export
+"""What every stage shares: where files live, which device computes, how to fail, save, measure and report."""
+
+# %%
+#| export
+import contextlib
+import errno
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import tyro
+from tqdm.auto import tqdm
+
+# %% [markdown]
+# ## One way to fail
+#
+# A missing file should cost a reader one line, not forty: what is wrong, and the command that mends it.
+# Every such failure is a `NanochatError`, and every command runs through `run_cli`, which turns a settings
+# dataclass into flags (tyro) and the error into that line.
+
+# %%
+#| export
+class NanochatError(Exception):
+    """A failure the user can mend: one line that says what is wrong, where, and which command mends it."""
+
+
+def run_cli(function: Callable[[Any], Any]) -> None:
+    """Run `function(settings)` from the command line; flags come from its settings dataclass.
+
+    Exits 1 with `error: …` on a NanochatError or a full disk; other exceptions are bugs and keep their traceback.
+    """
+    settings_type = next(iter(get_type_hints(function).values()))
+    try:
+        function(tyro.cli(settings_type, description=function.__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    except NanochatError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: the disk is full, writing {error.filename or 'a file'}: make room and run the command again")
+    except KeyboardInterrupt:
+        sys.exit("stopped: run the same command again to go on")
+    finally:
+        stop()
+
+# %% [markdown]
+# ## Where files live
+#
+# Everything the course makes goes under one folder. A file is first written beside its place and then renamed, so
+# that a killed process leaves the old file or the new one, never half of one.
+
+# %%
+#| export
+def base_dir() -> Path:
+    """Folder of all artifacts: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat (made if missing)."""
+    folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it takes the place of `path` in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:  # on disk before the rename, or a power cut could leave an empty file
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """The same value fit for JSON: tensors and numpy numbers as Python's, NaN and infinities as None."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all; NaN and infinities become null, so that any reader takes the file."""
+    with write_aside(path) as aside:
+        aside.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or torn file is a NanochatError that names it."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise NanochatError(f"cannot read {path} ({error}): delete it and run the command that made it") from None
+
+# %% [markdown]
+# ## Which device, which number format, which process
+#
+# The same commands run on a laptop and, through `torchrun`, on eight GPUs: each process asks who it is. The
+# number format follows the device: bfloat16 where the GPU multiplies it fast (Ampere and later), float32 elsewhere;
+# `NANOCHAT_DTYPE` overrules.
+
+# %%
+#| export
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """The dtype of activations: $NANOCHAT_DTYPE, else bfloat16 on CUDA sm80 and later, else float32."""
+    if name := os.environ.get("NANOCHAT_DTYPE"):
+        if name not in DTYPES:
+            raise NanochatError(f"NANOCHAT_DTYPE={name} is not a dtype for training: choose {', '.join(DTYPES)}")
+        return DTYPES[name]
+    on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    return torch.bfloat16 if on_cuda and torch.cuda.get_device_capability() >= (8, 0) else torch.float32
+
+
+def pick_device(device_type: str = "") -> str:
+    """The device type to use: the one asked for, if this machine has it; with "" the best one it has."""
+    have = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if device_type and device_type not in have:
+        raise NanochatError(f"--device-type {device_type} is not on this machine: it has {', '.join(have)}")
+    return device_type or have[0]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this process is: its device, and its place among the processes that train together."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+# %%
+#| export
+def start(device_type: str = "", seed: int = 42) -> Runtime:
+    """Pick the device, join the process group under torchrun (nccl on CUDA, gloo elsewhere), seed every generator."""
+    kind = pick_device(device_type)
+    rank, local_rank, world_size = (int(os.environ.get(name, default))
+                                    for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return Runtime(device, rank, local_rank, world_size)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all processes, in place; alone it is returned as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def is_main_process() -> bool:
+    """True in the process that speaks for all (rank 0)."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print0(*values: Any) -> None:
+    """Print once, whatever the number of processes."""
+    if is_main_process():
+        print(*values, flush=True)
+
+# %% [markdown]
+# ## Seeing what happens
+#
+# Every run writes `metrics.jsonl`, one line per event, that any tool can read; Weights & Biases joins in only when a run
+# is given a name.
+
+# %%
+#| export
+def progress(iterable: Any = None, total: int | None = None, desc: str = "", initial: int = 0) -> tqdm:
+    """A progress bar on the main process: live in terminal and notebook, a plain line every ten seconds in a log."""
+    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(iterable, total=total, desc=desc, initial=initial, disable=not is_main_process(),
+                mininterval=0.2 if live else 10, dynamic_ncols=live, leave=not live)
+
+
+class MetricsLog:
+    """Appends one JSON line per `log` to `path` on the main process, and to Weights & Biases if `run` is named."""
+
+    def __init__(self, path: Path, run: str = "dummy", config: dict | None = None):
+        self.file = self.wandb = None
+        if not is_main_process():
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a", buffering=1)
+        if run != "dummy":
+            try:
+                import wandb
+            except ImportError:
+                raise NanochatError("--run needs wandb: pip install wandb, or leave --run away") from None
+            self.wandb = wandb.init(project="nanochat", name=run, config=config)
+
+    def log(self, **values: Any) -> None:
+        if self.file:
+            self.file.write(json.dumps(finite({"time": round(time.time(), 3), **values})) + "\n")
+        if self.wandb:
+            self.wandb.log(values)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+# %%
+#| export
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """The most memory this process has held: allocated on a CUDA device, resident elsewhere. In bytes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def environment() -> dict[str, Any]:
+    """What a report must say about the machine: versions, processor, memory, GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+        "compute_dtype": str(compute_dtype()).removeprefix("torch."),
+    }
