@@ -34,8 +34,9 @@ def run_cli(function: Callable[[Any], Any]) -> None:
     Exits 1 with `error: …` on a NanochatError or a full disk; other exceptions are bugs and keep their traceback.
     """
     settings_type = next(iter(get_type_hints(function).values()))
+    program = f"python -m {sys.modules['__main__'].__spec__.name}"
     try:
-        function(tyro.cli(settings_type, description=function.__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+        function(tyro.cli(settings_type, prog=program, description=function.__doc__))
     except NanochatError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -173,7 +174,7 @@ def print0(*values: Any) -> None:
 
 def progress(iterable: Any = None, total: int | None = None, desc: str = "", initial: int = 0) -> tqdm:
     """A progress bar on the main process: live in terminal and notebook, a plain line every ten seconds in a log."""
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    live = sys.stderr.isatty() or "ipykernel" in sys.modules or "NANOCHAT_LIVE" in os.environ
     return tqdm(iterable, total=total, desc=desc, initial=initial, disable=not is_main_process(),
                 mininterval=0.2 if live else 10, dynamic_ncols=live, leave=not live)
 
