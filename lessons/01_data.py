@@ -1107,3 +1107,260 @@ def world(settings: WorldSettings):
     """Write the embedded world: text to learn from, questions to be asked."""
     folder = write_world(settings.directory or None, settings.seed, settings.documents, settings.shards)
     print(f"wrote the world of seed {settings.seed} to {folder}: shards/, eval_bundle/, tasks/")
+
+
+# %%
+#| export dataset
+"""Text as every stage reads it: a folder of parquet shards with a column `text`, the last shard for validation.
+
+`python -m nanochat_lib.dataset -n 170` fetches shards of the real corpus, ClimbMix (arXiv 2504.13161)."""
+
+# %%
+#| export dataset
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from nanochat_lib.common import NanochatError, base_dir, print0, progress, run_cli
+
+REPOSITORY = "karpathy/climbmix-400b-shuffle"
+LAST_SHARD = 6542  # shard_00000 … shard_06542; the last is everybody's validation shard
+FETCH = "python -m nanochat_lib.dataset -n 8"
+BUILD = "python -m nanochat_lib.world"
+
+
+# %%
+#| export dataset
+def data_folder(data_dir: str | Path = "") -> Path:
+    """The folder of shards: the one given, else the downloaded corpus. Raises NanochatError where there is none."""
+    folder = Path(data_dir or base_dir() / "base_data_climbmix").expanduser()
+    if any(folder.glob("*.parquet")):
+        return folder
+    world = base_dir() / "world" / "shards"
+    if data_dir and folder == world:
+        raise NanochatError(f"no shards in {folder}: run {BUILD}")
+    hint = f"or give --data-dir {world}, the embedded world"
+    hint += "" if any(world.glob("*.parquet")) else f" (made by {BUILD})"
+    raise NanochatError(f"no parquet shards in {folder}: run {FETCH}, {hint}")
+
+
+def _mend(path: Path) -> str:
+    """The command that makes a damaged shard anew."""
+    return f"delete it and run {BUILD if path.parent.parent == base_dir() / 'world' else FETCH}"
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a shard by its footer. Raises NanochatError if it is torn or holds no text."""
+    try:
+        shard = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise NanochatError(f"{path} is not a whole parquet file ({_first_line(error)}): {_mend(path)}") from None
+    names = shard.schema_arrow.names
+    kind = shard.schema_arrow.field("text").type if "text" in names else None
+    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise NanochatError(f"{path} has no column `text` of strings, only {', '.join(names)}: {_mend(path)}")
+    return shard
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+# %%
+#| export dataset
+class RowGroup(NamedTuple):
+    """Some rows of one row group: the unit in which text is read and dealt to ranks."""
+
+    path: Path
+    shard: int           # place of the file among all shards
+    group: int           # row group in the file
+    rows: slice = slice(None)
+
+
+def shard_paths(data_dir: str | Path = "", split: str = "train") -> list[Path]:
+    """Shards of a split, sorted by name: the last is "val", the others "train". A lone shard serves both."""
+    if split not in ("train", "val"):
+        raise NanochatError(f"split {split!r} is unknown: it is train or val")
+    paths = sorted(data_folder(data_dir).glob("*.parquet"))
+    if len(paths) == 1:
+        return paths
+    return paths[:-1] if split == "train" else paths[-1:]
+
+
+def row_groups(data_dir: str | Path = "", split: str = "train") -> list[RowGroup]:
+    """All row groups of a split in reading order. A lone shard keeps its last tenth for validation."""
+    paths = shard_paths(data_dir, split)
+    first = 0 if split == "train" else len(shard_paths(data_dir, "train"))
+    if len(sorted(paths[0].parent.glob("*.parquet"))) == 1:
+        return _split_lone_shard(paths[0], split)
+    return [RowGroup(path, first + i, group) for i, path in enumerate(paths)
+            for group in range(open_shard(path).num_row_groups)]
+
+
+def _split_lone_shard(path: Path, split: str) -> list[RowGroup]:
+    """Validation on the last tenth of the row groups, or of the rows where there is one row group."""
+    shard = open_shard(path)
+    groups, rows = shard.num_row_groups, shard.metadata.num_rows
+    if rows < 2:
+        raise NanochatError(f"{path} holds {rows} documents, too few to train and validate on: {_mend(path)}")
+    if groups == 1:
+        cut = rows - max(rows // 10, 1)
+        print0(f"one shard only: the last {rows - cut} of {rows} documents of {path.name} are the validation split")
+        return [RowGroup(path, 0, 0, slice(0, cut) if split == "train" else slice(cut, rows))]
+    cut = groups - max(groups // 10, 1)
+    print0(f"one shard only: the last {groups - cut} of {groups} row groups of {path.name} are the validation split")
+    return [RowGroup(path, 0, group) for group in (range(cut) if split == "train" else range(cut, groups))]
+
+
+# %%
+#| export dataset
+def read_texts(unit: RowGroup) -> list[str]:
+    """The documents of a row group (empty ones left out)."""
+    try:
+        column = open_shard(unit.path).read_row_group(unit.group, columns=["text"]).column("text")
+    except (pa.ArrowException, OSError) as error:
+        raise NanochatError(f"{unit.path}, row group {unit.group}, is damaged ({_first_line(error)}): "
+                            f"{_mend(unit.path)}") from None
+    return [text for text in column.to_pylist()[unit.rows] if text]
+
+
+def deal(units: list[RowGroup], rank: int, world_size: int) -> list[RowGroup]:
+    """What one rank reads: every world_size-th row group, or, if these are too few, every world_size-th row of all."""
+    if len(units) >= world_size:
+        return units[rank::world_size]
+    counts = [len(range(*unit.rows.indices(pq.read_metadata(unit.path).row_group(unit.group).num_rows)))
+              for unit in units]
+    if sum(counts) < world_size:
+        raise NanochatError(f"{sum(counts)} documents in {units[0].path.parent} for {world_size} processes: "
+                            f"start fewer processes or fetch more data ({FETCH})")
+    return [unit._replace(rows=slice((unit.rows.start or 0) + (rank - sum(counts[:i])) % world_size, unit.rows.stop,
+                                     world_size)) for i, unit in enumerate(units)]
+
+
+def text_batches(data_dir: str | Path = "", split: str = "train", start: tuple[int, int] = (0, 0), rank: int = 0,
+                 world_size: int = 1) -> Iterator[tuple[list[str], tuple[int, int]]]:
+    """One pass over a split: yields (texts, (shard, row group)), from position `start` on.
+
+    Ranks take row groups in turn, so together they read each document once."""
+    for unit in deal(row_groups(data_dir, split), rank, world_size):
+        if (unit.shard, unit.group) >= tuple(start):
+            yield read_texts(unit), (unit.shard, unit.group)
+
+
+# %%
+#| export dataset
+def check_reachable(endpoint: str, seconds: float = 5):
+    """Raise NanochatError if no server answers. Asked once at the start: the hub's client alone retries for 23 s."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise NanochatError("HF_HUB_OFFLINE is set: unset it to download, or read the embedded world, made by " + BUILD)
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return  # an answer, if a strange one
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise NanochatError(f"cannot reach {endpoint} ({reason}): go online and run the same command again, "
+                            f"or read the embedded world, made by {BUILD}") from None
+
+
+def fetch_shard(name: str, folder: Path, attempts: int = 3) -> Path:
+    """Download one shard beside `folder`'s finished ones; it takes its name only once its footer reads well."""
+    from huggingface_hub import hf_hub_download
+
+    staging = folder / ".download"
+    for attempt in range(attempts):
+        try:
+            path = hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=staging,
+                                   force_download=attempt > 1)  # broken off twice: do not resume a third time
+            open_shard(Path(path))  # the hub's client has compared the size with the server's
+            os.replace(path, folder / name)
+            return folder / name
+        except NanochatError:
+            Path(path).unlink()
+            failure = "arrives torn"
+        except (OSError, ValueError, RuntimeError) as error:
+            failure = _first_line(error)
+        time.sleep(0.5 * 2**attempt)
+    raise NanochatError(f"{name}: {failure}")
+
+
+# %%
+#| export dataset
+def download(n_shards: int = -1, workers: int = 4, data_dir: str | Path = "") -> Path:
+    """Fetch the first `n_shards` shards (−1: all) and the validation shard, those that are here already left alone.
+
+    Returns the folder. Raises NanochatError if the hub cannot be reached or a shard did not arrive."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    if n_shards == 0 or n_shards < -1 or workers < 1:
+        raise NanochatError(f"-n {n_shards} -w {workers}: ask for at least one shard (-1 for all) and one worker")
+    folder = Path(data_dir or base_dir() / "base_data_climbmix").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = range(LAST_SHARD if n_shards == -1 else min(n_shards, LAST_SHARD))
+    names = [f"shard_{index:05d}.parquet" for index in (LAST_SHARD, *wanted)]
+    missing = [name for name in names if not _is_whole(folder / name)]
+    if not missing:
+        print0(f"all {len(names)} shards are in {folder}")
+        return folder
+    check_reachable(constants.ENDPOINT)
+    disable_progress_bars()
+    _fetch_all(missing, folder, workers)
+    print0(f"{len(names)} shards are in {folder}")
+    return folder
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.exists() and bool(open_shard(path))
+    except NanochatError:
+        return False
+
+
+def _fetch_all(names: list[str], folder: Path, workers: int):
+    """Fetch in threads; the first shard that will not come stops those not yet begun."""
+    failures = []
+    with ThreadPoolExecutor(workers) as pool, progress(total=len(names), desc="shards") as bar:
+        jobs = [pool.submit(fetch_shard, name, folder) for name in names]
+        for job in as_completed(jobs):
+            if job.cancelled():
+                continue
+            try:
+                job.result()
+                bar.update()
+            except NanochatError as error:
+                failures.append(str(error))
+                pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+        arrived = sum((folder / name).exists() for name in names)
+        raise NanochatError(f"{arrived} of {len(names)} shards arrived ({failures[0]}): "
+                            "run the same command again to go on")
+
+
+# %%
+#| export dataset
+#| cli dataset
+@dataclass
+class DatasetSettings:
+    """Which shards of the corpus to fetch."""
+
+    num_files: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1    # training shards, -1 for all 6,542
+    num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4   # downloads at a time
+    data_dir: str = ""                                               # default: base_data_climbmix/ in $NANOCHAT_BASE_DIR
+
+
+def dataset(settings: DatasetSettings):
+    """Download shards of ClimbMix; called again, it goes on where it was stopped."""
+    download(settings.num_files, settings.num_workers, settings.data_dir)
