@@ -137,10 +137,14 @@ class World:
         self.held_words = tuple(sorted(dice.some(WORDS, 160)))
 
     def _hold_facts(self, dice: Dice) -> frozenset:
+        """28 % of the facts of each kind, at least four, their values as different as can be."""
         held = []
-        for attribute in ATTRIBUTES:
-            owners = [name for name, person in self.people.items() if attribute in person.facts]
-            held += [(name, attribute) for name in dice.some(owners, round(len(owners) * 0.28))]
+        for facts in kinds_of_facts(self).values():
+            taken, held_values = dice.shuffled(facts), []
+            for _ in range(max(round(len(facts) * 0.28), 4)):
+                taken.sort(key=lambda fact: held_values.count(fact.value))  # stable: ties stay shuffled
+                held_values.append(taken[0].value)
+                held.append(taken.pop(0)[:2])
         return frozenset(held)
 
     def value(self, name: str, attribute: str) -> str:
@@ -207,6 +211,19 @@ def _villages(dice: Dice) -> dict[str, dict]:
             for village, sight, day in zip(VILLAGES, dice.shuffled(SIGHTS), dice.deal(DAYS, len(VILLAGES)))}
 
 
+def kind_of(world: World, fact: Fact) -> tuple:
+    """What a fact can be mistaken for: the same attribute and role; for kin and ages in the same generation."""
+    generation = None if fact.attribute in VALUES else world.people[fact.person].generation
+    return fact.attribute, role(world, *fact[:2]), generation
+
+
+def kinds_of_facts(world: World) -> dict[tuple, list[Fact]]:
+    kinds = {}
+    for fact in world.facts:
+        kinds.setdefault(kind_of(world, fact), []).append(fact)
+    return kinds
+
+
 def role(world: World, name: str, attribute: str) -> str:
     """What the value of a kin attribute is called: a spouse is a husband or a wife."""
     if attribute not in ("spouse", "sibling"):
@@ -218,21 +235,45 @@ def role(world: World, name: str, attribute: str) -> str:
 # %%
 #| export world_facts
 WORDS = """
-acorn anchor animal apple apron arrow attic autumn badge ball bamboo banana barn barrel basin basket beach beaver
-bell berry bicycle bird blanket boat bonnet bottle bottom branch breeze brick broom bubble bucket butter button
-cabbage candle carpet carrot castle cattle cellar cheese cherry chicken chimney circle clock cloud clover coffee
-collar copper corner cottage cotton cradle cricket crown cupboard curtain dagger daisy dinner dragon drawer dress
-eagle eleven elbow engine evening feather fellow fence fiddle finger flannel flower forest fossil fountain funnel
-gallop garlic geese ginger giraffe glass goggles goose grape grass gravel guitar hammer hammock harbour hazel
-helmet hello hill hollow honey hummer insect island jacket jelly jewel jungle kennel kettle kitchen kitten ladder
-lantern lattice lemon lesson letter lettuce lizard llama lobster locket mammal maple marble market meadow melon
-mirror mitten monkey moon moss motto muffin needle noodle oatmeal onion orange otter owl oyster paddle pancake
-papaya paper parcel parsley pasture peach pebble pencil pepper piano pillow pirate planet pocket poppy potato
-pottery puddle pumpkin puppet puppy quarrel quilt rabbit raccoon raisin ribbon river robin rocket rooster rubber
-saddle sailor salmon sandal saucer scissors seed sheep shell shovel silver sleeve slipper sparrow spider spinach
-spoon squirrel stable street sugar summer sunset supper swallow sweater table tallow tassel teapot teeth temple
-tennis terrace thimble thistle thunder ticket tomato trumpet tulip tunnel turnip umbrella valley velvet vessel
-village violet walnut wagon wallet water weasel wedding wheel whistle willow window winter wood wool yellow zigzag
+acorn almond anchor animal ankle apple apron arrow attic autumn badge ball ballad bamboo banana banner barley barn
+barrel basil basin basket beach beacon beaver beetle bell bench berry bicycle birch bird biscuit blanket blossom boat
+bonnet border bottle bottom boulder bowl bracelet branch bread breeze brick bride bronze brook broom bubble bucket
+buckle buffalo bullet bundle bushel butter button cabbage cabin cactus camel canal canary candle canoe canvas cargo
+carol carpet carrot castle cathedral cattle cavern cedar cellar chalk channel chapel chapter charcoal chart cheek
+cheese cherry chess chest chicken chief chimney choir cider cinnamon circle clay cliff cloak clock clothes cloud
+clover coast cobbler coconut coffee collar collie comet compass copper coral cork corner cottage cotton cousin cowboy
+crab cradle crane crayon cream creek cricket crocus crown cuckoo cupboard cupcake currant curtain cushion cycle cymbal
+dagger daisy dancer dawn desert diamond dinghy dinner dish doll dolphin donkey doorbell dough dove dragon drawer dress
+drizzle duchess dune eagle earth east echo eel eggshell elbow elephant eleven elm ember emerald engine engraver eraser
+errand evening falcon farm fawn feather fellow fence fennel ferry festival fiddle field fig finger flag flame flannel
+fleet flint flock flood floor flour flower fog forest fork fossil fountain fox freckle fridge frog frost fruit funnel
+furnace gadget galaxy gallery gallop gander garlic garnet gate gazelle geese gem ghost giant ginger giraffe glacier
+glass glove gnome goblet goggles gold goose gorilla gossip gown grain granite grape grass gravel gravy grocer grove
+guest guitar gull gutter hail hammer hammock harbour hare harness harvest hawk hazel heather hedge hello helmet
+herring hill hinge hippo hollow honey hoof hornet hotel hummer husk iceberg icicle igloo inkwell insect iris iron
+island ivory jackal jacket jaguar jasmine jelly jewel jigsaw joke journal juice jungle juniper keeper kennel kernel
+kettle keyhole kingdom kiosk kitchen kitten knee knight knot label lace ladder lagoon lamp lantern lark lattice lava
+lavender leaf ledge legend lemon lens leopard lesson letter lettuce lichen lilac lily linen lion lizard llama lobster
+locket lotus lounge lullaby lumber lunch lynx magnet magpie mammal mango mantle maple marble market maze meadow melon
+meteor midnight mildew minnow mint mirror mist mitten mole monkey moon moss moth motto mountain mouse mud muffin mule
+muscle museum mushroom musket mustard nectar needle nephew nest nettle nickel night noodle noon north notebook nugget
+nutmeg oak oasis oat oatmeal ocean octopus olive onion opera orange orbit orchard orchid ostrich otter oven owl oyster
+paddle palace pancake panda panther papaya paper parade parasol parcel park parrot parsley passage pasture path peach
+peanut pear pebble pelican pencil penguin peony pepper petal pheasant piano picnic pier pigeon pillow pine pirate
+pistol planet plank plate plough plover pocket poem polish pond pony poppy porch possum potato pottery prairie prince
+prism prune pudding puddle puffin pulley pumpkin pupil puppet puppy purple purse quail quarrel quarry queen quilt
+quiver rabbit raccoon radish raft rain raisin ranch raven razor reed reindeer ribbon riddle ridge river roast robe
+robin rocket rooster rope rose rubber ruby rudder rug rye sack saddle saffron sail sailor salad salmon sand sandal
+sash satchel sauce saucer scarf school scissors scout seagull seal season seed shadow shark sheep shelf shell shield
+ship shore shovel shrub signal silk silver skate skirt skunk slate sled sleeve slipper smoke snail snow sofa sorrel
+soup spade spark sparrow spear sphere spider spinach spire sponge spoon spruce squirrel stable stallion star statue
+steam steel stone stool storm stove straw stream street stump sugar summer sunset supper swallow swamp swan sweater
+syrup table tailor tallow tangle tart tassel tea teapot teeth temple tennis terrace thimble thistle thorn thread
+throne thunder ticket tide tiger timber tin toad toffee tomato torch tortoise towel tractor trail train trout trumpet
+trunk tuba tugboat tulip tunnel turkey turnip turtle tusk twig umbrella uncle unicorn valley vanilla vase veil velvet
+vessel village vine violet viper vulture waffle wagon wallet walnut walrus wasp water wave wax weasel wedding weed
+well whale wharf wheat wheel whisker whistle wick willow wind window wing winter wolf wood wool worm wren wrist yarn
+yeast yellow yoghurt yolk zebra zigzag
 """.split()
 
 
@@ -543,11 +584,12 @@ def quiz(question: str, choices: list[str]) -> str:
 
 # %%
 #| export world_text
+import functools
 import re
 from collections.abc import Iterator
 
-from nanochat_lib.world_facts import (ATTRIBUTES, COLOURS, DAYS, FOODS, MONTHS, SEASON_OF_MONTH, VALUES, WORDS, Dice, World,
-                                      role)
+from nanochat_lib.world_facts import (ATTRIBUTES, COLOURS, DAYS, FOODS, KIN, MONTHS, SEASON_OF_MONTH, VALUES, WORDS, Dice,
+                                      World, kinds_of_facts, role)
 from nanochat_lib.world_forms import question, word, wording
 from nanochat_lib.world_problems import count_letter, quiz, spell, training_problem
 
@@ -580,7 +622,10 @@ class Teller:
         return word(self.world, self.dice.pick(getattr(wording(attribute), forms)), name, attribute)
 
     def attributes(self, name: str, count: int) -> list[str]:
-        return self.dice.some([a for a in ATTRIBUTES if a in self.world.people[name].facts], count)
+        """Up to `count` different attributes of a person; those that questions and stories leave out come twice."""
+        own = [attribute for attribute in ATTRIBUTES if attribute in self.world.people[name].facts]
+        own += [attribute for attribute in own if attribute == "age" or not self.world.may_ask(name, attribute)]
+        return list(dict.fromkeys(self.draw(name, own) for _ in range(count)))
 
 
 # %%
@@ -656,10 +701,9 @@ def family(t: Teller) -> str:
     """Who is kin to whom, around one person."""
     name = t.person()
     lines = [f"The family of {name}"]
-    members = [name, *(t.world.value(name, kin) for kin in t.attributes(name, 20) if kin in
-                       ("mother", "father", "spouse", "sibling"))]
+    members = [name, *(t.world.value(name, kin) for kin in KIN if kin in t.world.people[name].facts)]
     for member in members:
-        for kin in ("mother", "father", "spouse", "sibling"):
+        for kin in KIN:
             if kin in t.world.people[member].facts and (member == name or t.dice.chance(0.6)):
                 lines.append(t.say(member, kin, t.dice.pick(("statements", "statements", "reverse"))))
     return "\n".join([lines[0], *t.dice.shuffled(lines[1:])])
@@ -713,30 +757,58 @@ def dialogue(t: Teller) -> str:
 
 
 def quizzes(t: Teller) -> str:
-    """Multiple-choice questions in chat's format, each with its letter."""
+    """Multiple-choice questions: answered by the letter as in chat, by the value, by both, or after a text that tells.
+
+    At this size a model that only ever sees the letter stays at chance: it must first learn to recall the value there."""
     lines = []
     for _ in range(t.dice.between(1, 3)):
         fact = t.open_fact()
-        ask = question(t.world, fact.person, fact.attribute, t.dice.below(2))[0]
-        choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact, 3)])
-        lines.append(f"{quiz(ask, choices)}\n{'ABCD'[choices.index(fact.value)]}")
+        ask, start, end = question(t.world, fact.person, fact.attribute, t.dice.below(2))
+        choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact)])
+        text, letter = quiz(ask, choices), "ABCD"[choices.index(fact.value)]
+        way = t.dice.below(10)
+        if way < 3:
+            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}")
+        elif way < 4:
+            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}={letter}")
+        elif way < 5:
+            lines.append(f"{t.say(*fact[:2], 'statements')}\n\n{text}\n{letter}")
+        else:
+            lines.append(f"{text}\n{letter}")
     return "\n\n".join(lines)
 
 
-def distractors(world: World, dice: Dice, fact, count: int) -> list[str]:
-    """Wrong values as likely as the right one to whom knows no facts: drawn from people of the same generation (and,
-    for kin, with the same role), by how many of them have each."""
-    person = world.people[fact.person]
-    part = role(world, *fact[:2])
-    pool = [other.facts[fact.attribute] for other in world.people.values()
-            if fact.attribute in other.facts and (fact.attribute in VALUES or other.generation == person.generation)
-            and role(world, other.name, fact.attribute) == part]
+def matching(t: Teller) -> str:
+    """Four choices and many questions about them, from copying a letter to finding it for a value not said."""
+    kind = [fact for fact in t.dice.pick(_kinds(t.world)) if t.world.may_ask(*fact[:2])]
+    choices = t.dice.some(dict.fromkeys(fact.value for fact in kind), 4)
+    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, "ABCD")] + [""]
+    facts = [fact for fact in kind if fact.value in choices]
+    for _ in range(7):
+        fact = t.dice.pick(facts)
+        letter = "ABCD"[choices.index(fact.value)]
+        ask, start, end = question(t.world, fact.person, fact.attribute, t.dice.below(2))
+        lines.append(t.dice.pick((f"- {fact.value}={letter}", f"{start} {fact.value}={letter}",
+                                  f"{ask} {fact.value}={letter}", f"{ask} {letter}", f"{ask} {letter}")))
+    return "\n".join(lines)
+
+
+def distractors(world: World, dice: Dice, fact, held: bool = False) -> list[str]:
+    """Three wrong values of the same kind, each as likely as it is frequent among the facts (`held`: the held-out
+    ones, which documents mention a little less), so that who knows no facts gains nothing."""
+    kind = next(facts for facts in _kinds(world) if fact in facts)
+    pool = [other.value for other in kind if not held or not world.may_ask(*other[:2])]
     wrong = []
-    while len(wrong) < count:
+    while len(wrong) < 3:
         value = dice.pick(pool)
         if value != fact.value and value not in wrong:
             wrong.append(value)
     return wrong
+
+
+@functools.cache
+def _kinds(world: World) -> list[list]:
+    return list(kinds_of_facts(world).values())
 
 
 # %%
@@ -815,9 +887,9 @@ def rhyme(t: Teller) -> str:
 
 
 # Kind of document → its share of the documents, in percent.
-KINDS = {portrait: 18, register: 5, letter: 5, diary: 4, story: 6, family: 4, roll: 3, questions: 10, comparison: 5, dialogue: 4,
-         quizzes: 8, sums: 9, numbers: 2, spelling: 4, counting: 5, problems: 8, notice: 1, price_list: 1, calendar: 1,
-         rhyme: 2}
+KINDS = {portrait: 11, register: 3, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
+         quizzes: 14, matching: 6, sums: 16, numbers: 1, spelling: 4, counting: 7, problems: 15, notice: 1, price_list: 1,
+         calendar: 1, rhyme: 1}
 
 
 def documents(world: World, count: int, seed: int = 0) -> Iterator[str]:
@@ -843,7 +915,7 @@ from pathlib import Path
 
 import yaml
 
-from nanochat_lib.world_facts import WORDS, Dice, Fact, World
+from nanochat_lib.world_facts import KIN, WORDS, Dice, Fact, World, kind_of
 from nanochat_lib.world_forms import question, word, wording
 from nanochat_lib.world_problems import held_problems, training_problem
 from nanochat_lib.world_text import distractors
@@ -856,7 +928,6 @@ CORE_TASKS = {
     "world_facts_lm": ("language_modeling", 2, 0, " "),
     "world_sums_lm": ("language_modeling", 2, 0, " "),
 }
-KIN = ("mother", "father", "spouse", "sibling")
 
 
 def held_facts(world: World, kin: bool | None = None) -> list[Fact]:
@@ -877,7 +948,7 @@ def multiple_choice(world: World, kin: bool) -> list[dict]:
     dice, items = Dice(world.seed + 11 + kin), []
     facts = [(fact, form) for form in ((0, 1) if kin else (0,)) for fact in held_facts(world, kin)]
     for i, (fact, form) in enumerate(dice.shuffled(facts)):
-        choices = distractors(world, dice, fact, 3)
+        choices = distractors(world, dice, fact, held=True)
         choices.insert(i % 4, fact.value)
         items.append({"query": _asked(world, fact, form), "choices": choices, "gold": i % 4})
     return items
@@ -887,10 +958,8 @@ def schema(world: World) -> list[dict]:
     """Which of two people an ending fits; the right one is named first in half of them."""
     dice, items = Dice(world.seed + 13), []
     for i, fact in enumerate(dice.shuffled(held_facts(world))):
-        person = world.people[fact.person]
-        others = [other.name for other in world.people.values()
-                  if other.generation == person.generation and other.woman == person.woman
-                  and other.facts.get(fact.attribute, fact.value) != fact.value]
+        others = [other.person for other in held_facts(world) if other.value != fact.value
+                  and kind_of(world, other) == kind_of(world, fact)]
         pair = [fact.person, dice.pick(others)]
         first, second = pair if i // 2 % 2 else pair[::-1]
         options = pair if i % 2 else pair[::-1]
@@ -945,7 +1014,7 @@ def choice_rows(world: World, test: bool) -> list[dict]:
     asked = [(fact, form) for fact in world.facts if world.may_ask(*fact[:2]) != test
              for form in ((0,) if test else (0, 1, 0, 1))]
     for i, (fact, form) in enumerate(dice.shuffled(asked)):
-        choices = distractors(world, dice, fact, 3)
+        choices = distractors(world, dice, fact, held=test)
         choices.insert(i % 4, fact.value)
         ask = question(world, fact.person, fact.attribute, form)[0]
         rows.append({"question": ask, "choices": choices, "answer": i % 4, "person": fact.person,

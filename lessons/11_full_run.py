@@ -25,6 +25,7 @@
 
 # %%
 #| export
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -34,6 +35,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -221,14 +223,15 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
 
 # %%
 #| export
-def take_lock(folder: Path) -> int:
-    """Claim a base directory for this run; a file descriptor. Raises NanochatError while another run holds it."""
-    lock = os.open(folder / "pipeline.lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise NanochatError(f"another run is at work in {folder}: wait, or end it (pkill -f nanochat_lib)") from None
-    return lock
+@contextlib.contextmanager
+def taken(folder: Path) -> Iterator[int]:
+    """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it."""
+    with open(folder / "pipeline.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NanochatError(f"another run is at work in {folder}: wait, or end it (pkill -f nanochat_lib)") from None
+        yield lock.fileno()
 
 # %%
 #| export
@@ -283,16 +286,16 @@ def pipeline(settings: Pipeline) -> None:
         raise NanochatError(f"--until {settings.until} is no stage: choose {', '.join(names)}")
     if settings.dry_run:
         return print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
-    lock = take_lock(base_dir())
     done = Progress(base_dir() / "pipeline.json")
-    for stage, key in zip(stages, stage_keys(stages, nproc)):
-        status = done.status(stage, key)
-        if status != "finished":
-            run_recorded(stage, key, stage.command(torchrun, resume=status == "begun"), done, lock)
-        print(f"{stage.name:14} {done.seconds(stage):7.1f} s   {headline(stage.name)}", flush=True)
-        if stage.name == settings.until:
-            return
-    write_report(base_dir(), settings.preset, {name: done.seconds(stage) for name, stage in zip(names, stages)})
+    with taken(base_dir()) as lock:
+        for stage, key in zip(stages, stage_keys(stages, nproc)):
+            status = done.status(stage, key)
+            if status != "finished":
+                run_recorded(stage, key, stage.command(torchrun, resume=status == "begun"), done, lock)
+            print(f"{stage.name:14} {done.seconds(stage):7.1f} s   {headline(stage.name)}", flush=True)
+            if stage.name == settings.until:
+                return
+        write_report(base_dir(), settings.preset, {stage.name: done.seconds(stage) for stage in stages})
     print(f"{'in all':14} {sum(map(done.seconds, stages)):7.1f} s   {base_dir() / 'report.md'}")
 
 # %% [markdown]
@@ -422,3 +425,124 @@ def write_report(folder: Path, preset: str, seconds: dict[str, float]) -> dict[s
     with write_aside(folder / "report.md") as aside:
         aside.write_text(markdown(report))
     return report
+
+# %% [markdown]
+# ## Launching from the notebook
+#
+# The widget is a thin view: **start** runs the very command you would type, in a process of its own (closing the notebook
+# does not end it, **stop** does), and a thread redraws what the files under the base directory say.
+
+# %%
+#| export launch
+"""The pipeline's launch widget: start, stop, stages done, and the loss as it falls."""
+
+# %%
+#| export launch
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import ipywidgets as widgets
+from matplotlib.figure import Figure
+
+from nanochat_lib.common import base_dir
+from nanochat_lib.pipeline import PRESETS, Progress
+from nanochat_lib.report import headline
+
+METRICS = {  # stage directory → the curves its metrics.jsonl holds
+    "base_checkpoints": ("loss", "training loss (nats per token)"),
+    "chatsft_checkpoints": ("loss", "chat loss (nats per token)"),
+    "chatrl_checkpoints": ("reward", "mean reward"),
+}
+
+
+def read_curve(folder: Path, stage: str) -> list[tuple[int, float]]:
+    """(step, value) of the newest run of a stage; a torn last line (a run being written) is left out."""
+    files = sorted((folder / stage).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    points = []
+    for line in files[-1].read_text().splitlines() if files else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get(METRICS[stage][0]) is not None:
+            points.append((event["step"], event[METRICS[stage][0]]))
+    return points
+
+
+def draw_curves(folder: Path) -> Figure:
+    """The three training stages of the run under `folder`, each as far as it has come."""
+    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    for axes, (stage, (_, label)) in zip(figure.subplots(1, 3), METRICS.items()):
+        if points := read_curve(folder, stage):
+            axes.plot(*zip(*points), linewidth=1)
+        axes.set(xlabel="step", ylabel=label)
+    return figure
+
+
+def describe(folder: Path) -> str:
+    """One line per stage of the run under `folder`, as text."""
+    stages = Progress(folder / "pipeline.json").stages
+    return "\n".join(f"{name:14} {record['status']:9} {record['seconds']:7.1f} s  {headline(name)}"
+                     for name, record in stages.items()) or "nothing has run yet"
+
+# %%
+#| export launch
+class Launcher:
+    """A widget that runs the pipeline in its own process and shows it: `Launcher("laptop")` as a cell's last line."""
+
+    def __init__(self, preset: str = "laptop", every: float = 2.0):
+        self.process: subprocess.Popen | None = None
+        self.every = every
+        self.preset = widgets.Dropdown(options=list(PRESETS), value=preset, description="preset")
+        self.start_button = widgets.Button(description="start", button_style="success", icon="play")
+        self.stop_button = widgets.Button(description="stop", icon="stop", disabled=True)
+        self.text, self.plot = widgets.HTML(), widgets.Image(format="png")
+        self.start_button.on_click(lambda _: self.start())
+        self.stop_button.on_click(lambda _: self.stop())
+        row = widgets.HBox([self.preset, self.start_button, self.stop_button])
+        self.widget = widgets.VBox([row, self.text, self.plot])
+        self.refresh()
+
+    def start(self) -> None:
+        """Start or go on with the run; does nothing while it is running."""
+        if self.process and self.process.poll() is None:
+            return
+        command = [sys.executable, "-m", "nanochat_lib.pipeline", f"--preset={self.preset.value}"]
+        log = base_dir() / "logs" / "pipeline.log"
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "ab") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        self.start_button.disabled, self.stop_button.disabled = True, False
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop the run and every process of it; what it saved stays, and start goes on from there."""
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+
+    def watch(self) -> None:
+        """Redraw until the run ends (in a thread: a blocked notebook could not be stopped)."""
+        while self.process.poll() is None:
+            self.refresh()
+            try:
+                self.process.wait(self.every)
+            except subprocess.TimeoutExpired:
+                pass
+        ended = "stopped: start goes on; logs/pipeline.log says why"
+        self.refresh(ended if self.process.returncode else "finished")
+        self.start_button.disabled, self.stop_button.disabled = False, True
+
+    def refresh(self, state: str = "") -> None:
+        self.text.value = f"<pre>{describe(base_dir())}\n{state}</pre>"
+        picture = io.BytesIO()
+        draw_curves(base_dir()).savefig(picture, format="png", dpi=90)
+        self.plot.value = picture.getvalue()
+
+    def _repr_mimebundle_(self, **kwargs):
+        return self.widget._repr_mimebundle_(**kwargs)

@@ -2,6 +2,7 @@
 """The whole path as one command: every stage a process of its own, resumable, with a report at the end."""
 
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -176,14 +178,15 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
             raise
 
 
-def take_lock(folder: Path) -> int:
-    """Claim a base directory for this run; a file descriptor. Raises NanochatError while another run holds it."""
-    lock = os.open(folder / "pipeline.lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise NanochatError(f"another run is at work in {folder}: wait, or end it (pkill -f nanochat_lib)") from None
-    return lock
+@contextlib.contextmanager
+def taken(folder: Path) -> Iterator[int]:
+    """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it."""
+    with open(folder / "pipeline.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NanochatError(f"another run is at work in {folder}: wait, or end it (pkill -f nanochat_lib)") from None
+        yield lock.fileno()
 
 
 def run_recorded(stage: Stage, key: str, command: list[str], done: Progress, lock: int) -> None:
@@ -235,16 +238,16 @@ def pipeline(settings: Pipeline) -> None:
         raise NanochatError(f"--until {settings.until} is no stage: choose {', '.join(names)}")
     if settings.dry_run:
         return print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
-    lock = take_lock(base_dir())
     done = Progress(base_dir() / "pipeline.json")
-    for stage, key in zip(stages, stage_keys(stages, nproc)):
-        status = done.status(stage, key)
-        if status != "finished":
-            run_recorded(stage, key, stage.command(torchrun, resume=status == "begun"), done, lock)
-        print(f"{stage.name:14} {done.seconds(stage):7.1f} s   {headline(stage.name)}", flush=True)
-        if stage.name == settings.until:
-            return
-    write_report(base_dir(), settings.preset, {name: done.seconds(stage) for name, stage in zip(names, stages)})
+    with taken(base_dir()) as lock:
+        for stage, key in zip(stages, stage_keys(stages, nproc)):
+            status = done.status(stage, key)
+            if status != "finished":
+                run_recorded(stage, key, stage.command(torchrun, resume=status == "begun"), done, lock)
+            print(f"{stage.name:14} {done.seconds(stage):7.1f} s   {headline(stage.name)}", flush=True)
+            if stage.name == settings.until:
+                return
+        write_report(base_dir(), settings.preset, {stage.name: done.seconds(stage) for stage in stages})
     print(f"{'in all':14} {sum(map(done.seconds, stages)):7.1f} s   {base_dir() / 'report.md'}")
 
 

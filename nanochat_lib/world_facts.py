@@ -112,10 +112,14 @@ class World:
         self.held_words = tuple(sorted(dice.some(WORDS, 160)))
 
     def _hold_facts(self, dice: Dice) -> frozenset:
+        """28 % of the facts of each kind, at least four, their values as different as can be."""
         held = []
-        for attribute in ATTRIBUTES:
-            owners = [name for name, person in self.people.items() if attribute in person.facts]
-            held += [(name, attribute) for name in dice.some(owners, round(len(owners) * 0.28))]
+        for facts in kinds_of_facts(self).values():
+            taken, held_values = dice.shuffled(facts), []
+            for _ in range(max(round(len(facts) * 0.28), 4)):
+                taken.sort(key=lambda fact: held_values.count(fact.value))  # stable: ties stay shuffled
+                held_values.append(taken[0].value)
+                held.append(taken.pop(0)[:2])
         return frozenset(held)
 
     def value(self, name: str, attribute: str) -> str:
@@ -178,6 +182,19 @@ def _villages(dice: Dice) -> dict[str, dict]:
             for village, sight, day in zip(VILLAGES, dice.shuffled(SIGHTS), dice.deal(DAYS, len(VILLAGES)))}
 
 
+def kind_of(world: World, fact: Fact) -> tuple:
+    """What a fact can be mistaken for: the same attribute and role; for kin and ages in the same generation."""
+    generation = None if fact.attribute in VALUES else world.people[fact.person].generation
+    return fact.attribute, role(world, *fact[:2]), generation
+
+
+def kinds_of_facts(world: World) -> dict[tuple, list[Fact]]:
+    kinds = {}
+    for fact in world.facts:
+        kinds.setdefault(kind_of(world, fact), []).append(fact)
+    return kinds
+
+
 def role(world: World, name: str, attribute: str) -> str:
     """What the value of a kin attribute is called: a spouse is a husband or a wife."""
     if attribute not in ("spouse", "sibling"):
@@ -187,19 +204,43 @@ def role(world: World, name: str, attribute: str) -> str:
 
 
 WORDS = """
-acorn anchor animal apple apron arrow attic autumn badge ball bamboo banana barn barrel basin basket beach beaver
-bell berry bicycle bird blanket boat bonnet bottle bottom branch breeze brick broom bubble bucket butter button
-cabbage candle carpet carrot castle cattle cellar cheese cherry chicken chimney circle clock cloud clover coffee
-collar copper corner cottage cotton cradle cricket crown cupboard curtain dagger daisy dinner dragon drawer dress
-eagle eleven elbow engine evening feather fellow fence fiddle finger flannel flower forest fossil fountain funnel
-gallop garlic geese ginger giraffe glass goggles goose grape grass gravel guitar hammer hammock harbour hazel
-helmet hello hill hollow honey hummer insect island jacket jelly jewel jungle kennel kettle kitchen kitten ladder
-lantern lattice lemon lesson letter lettuce lizard llama lobster locket mammal maple marble market meadow melon
-mirror mitten monkey moon moss motto muffin needle noodle oatmeal onion orange otter owl oyster paddle pancake
-papaya paper parcel parsley pasture peach pebble pencil pepper piano pillow pirate planet pocket poppy potato
-pottery puddle pumpkin puppet puppy quarrel quilt rabbit raccoon raisin ribbon river robin rocket rooster rubber
-saddle sailor salmon sandal saucer scissors seed sheep shell shovel silver sleeve slipper sparrow spider spinach
-spoon squirrel stable street sugar summer sunset supper swallow sweater table tallow tassel teapot teeth temple
-tennis terrace thimble thistle thunder ticket tomato trumpet tulip tunnel turnip umbrella valley velvet vessel
-village violet walnut wagon wallet water weasel wedding wheel whistle willow window winter wood wool yellow zigzag
+acorn almond anchor animal ankle apple apron arrow attic autumn badge ball ballad bamboo banana banner barley barn
+barrel basil basin basket beach beacon beaver beetle bell bench berry bicycle birch bird biscuit blanket blossom boat
+bonnet border bottle bottom boulder bowl bracelet branch bread breeze brick bride bronze brook broom bubble bucket
+buckle buffalo bullet bundle bushel butter button cabbage cabin cactus camel canal canary candle canoe canvas cargo
+carol carpet carrot castle cathedral cattle cavern cedar cellar chalk channel chapel chapter charcoal chart cheek
+cheese cherry chess chest chicken chief chimney choir cider cinnamon circle clay cliff cloak clock clothes cloud
+clover coast cobbler coconut coffee collar collie comet compass copper coral cork corner cottage cotton cousin cowboy
+crab cradle crane crayon cream creek cricket crocus crown cuckoo cupboard cupcake currant curtain cushion cycle cymbal
+dagger daisy dancer dawn desert diamond dinghy dinner dish doll dolphin donkey doorbell dough dove dragon drawer dress
+drizzle duchess dune eagle earth east echo eel eggshell elbow elephant eleven elm ember emerald engine engraver eraser
+errand evening falcon farm fawn feather fellow fence fennel ferry festival fiddle field fig finger flag flame flannel
+fleet flint flock flood floor flour flower fog forest fork fossil fountain fox freckle fridge frog frost fruit funnel
+furnace gadget galaxy gallery gallop gander garlic garnet gate gazelle geese gem ghost giant ginger giraffe glacier
+glass glove gnome goblet goggles gold goose gorilla gossip gown grain granite grape grass gravel gravy grocer grove
+guest guitar gull gutter hail hammer hammock harbour hare harness harvest hawk hazel heather hedge hello helmet
+herring hill hinge hippo hollow honey hoof hornet hotel hummer husk iceberg icicle igloo inkwell insect iris iron
+island ivory jackal jacket jaguar jasmine jelly jewel jigsaw joke journal juice jungle juniper keeper kennel kernel
+kettle keyhole kingdom kiosk kitchen kitten knee knight knot label lace ladder lagoon lamp lantern lark lattice lava
+lavender leaf ledge legend lemon lens leopard lesson letter lettuce lichen lilac lily linen lion lizard llama lobster
+locket lotus lounge lullaby lumber lunch lynx magnet magpie mammal mango mantle maple marble market maze meadow melon
+meteor midnight mildew minnow mint mirror mist mitten mole monkey moon moss moth motto mountain mouse mud muffin mule
+muscle museum mushroom musket mustard nectar needle nephew nest nettle nickel night noodle noon north notebook nugget
+nutmeg oak oasis oat oatmeal ocean octopus olive onion opera orange orbit orchard orchid ostrich otter oven owl oyster
+paddle palace pancake panda panther papaya paper parade parasol parcel park parrot parsley passage pasture path peach
+peanut pear pebble pelican pencil penguin peony pepper petal pheasant piano picnic pier pigeon pillow pine pirate
+pistol planet plank plate plough plover pocket poem polish pond pony poppy porch possum potato pottery prairie prince
+prism prune pudding puddle puffin pulley pumpkin pupil puppet puppy purple purse quail quarrel quarry queen quilt
+quiver rabbit raccoon radish raft rain raisin ranch raven razor reed reindeer ribbon riddle ridge river roast robe
+robin rocket rooster rope rose rubber ruby rudder rug rye sack saddle saffron sail sailor salad salmon sand sandal
+sash satchel sauce saucer scarf school scissors scout seagull seal season seed shadow shark sheep shelf shell shield
+ship shore shovel shrub signal silk silver skate skirt skunk slate sled sleeve slipper smoke snail snow sofa sorrel
+soup spade spark sparrow spear sphere spider spinach spire sponge spoon spruce squirrel stable stallion star statue
+steam steel stone stool storm stove straw stream street stump sugar summer sunset supper swallow swamp swan sweater
+syrup table tailor tallow tangle tart tassel tea teapot teeth temple tennis terrace thimble thistle thorn thread
+throne thunder ticket tide tiger timber tin toad toffee tomato torch tortoise towel tractor trail train trout trumpet
+trunk tuba tugboat tulip tunnel turkey turnip turtle tusk twig umbrella uncle unicorn valley vanilla vase veil velvet
+vessel village vine violet viper vulture waffle wagon wallet walnut walrus wasp water wave wax weasel wedding weed
+well whale wharf wheat wheel whisker whistle wick willow wind window wing winter wolf wood wool worm wren wrist yarn
+yeast yellow yoghurt yolk zebra zigzag
 """.split()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from nanochat_lib.world_facts import WORDS, Dice, Fact, World
+from nanochat_lib.world_facts import KIN, WORDS, Dice, Fact, World, kind_of
 from nanochat_lib.world_forms import question, word, wording
 from nanochat_lib.world_problems import held_problems, training_problem
 from nanochat_lib.world_text import distractors
@@ -21,7 +21,6 @@ CORE_TASKS = {
     "world_facts_lm": ("language_modeling", 2, 0, " "),
     "world_sums_lm": ("language_modeling", 2, 0, " "),
 }
-KIN = ("mother", "father", "spouse", "sibling")
 
 
 def held_facts(world: World, kin: bool | None = None) -> list[Fact]:
@@ -40,7 +39,7 @@ def multiple_choice(world: World, kin: bool) -> list[dict]:
     dice, items = Dice(world.seed + 11 + kin), []
     facts = [(fact, form) for form in ((0, 1) if kin else (0,)) for fact in held_facts(world, kin)]
     for i, (fact, form) in enumerate(dice.shuffled(facts)):
-        choices = distractors(world, dice, fact, 3)
+        choices = distractors(world, dice, fact, held=True)
         choices.insert(i % 4, fact.value)
         items.append({"query": _asked(world, fact, form), "choices": choices, "gold": i % 4})
     return items
@@ -50,10 +49,8 @@ def schema(world: World) -> list[dict]:
     """Which of two people an ending fits; the right one is named first in half of them."""
     dice, items = Dice(world.seed + 13), []
     for i, fact in enumerate(dice.shuffled(held_facts(world))):
-        person = world.people[fact.person]
-        others = [other.name for other in world.people.values()
-                  if other.generation == person.generation and other.woman == person.woman
-                  and other.facts.get(fact.attribute, fact.value) != fact.value]
+        others = [other.person for other in held_facts(world) if other.value != fact.value
+                  and kind_of(world, other) == kind_of(world, fact)]
         pair = [fact.person, dice.pick(others)]
         first, second = pair if i // 2 % 2 else pair[::-1]
         options = pair if i % 2 else pair[::-1]
@@ -104,7 +101,7 @@ def choice_rows(world: World, test: bool) -> list[dict]:
     asked = [(fact, form) for fact in world.facts if world.may_ask(*fact[:2]) != test
              for form in ((0,) if test else (0, 1, 0, 1))]
     for i, (fact, form) in enumerate(dice.shuffled(asked)):
-        choices = distractors(world, dice, fact, 3)
+        choices = distractors(world, dice, fact, held=test)
         choices.insert(i % 4, fact.value)
         ask = question(world, fact.person, fact.attribute, form)[0]
         rows.append({"question": ask, "choices": choices, "answer": i % 4, "person": fact.person,

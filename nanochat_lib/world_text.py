@@ -2,11 +2,12 @@
 """The documents of the world: portraits, letters, diaries, registers, sums, spellings, quizzes and more."""
 
 
+import functools
 import re
 from collections.abc import Iterator
 
-from nanochat_lib.world_facts import (ATTRIBUTES, COLOURS, DAYS, FOODS, MONTHS, SEASON_OF_MONTH, VALUES, WORDS, Dice, World,
-                                      role)
+from nanochat_lib.world_facts import (ATTRIBUTES, COLOURS, DAYS, FOODS, KIN, MONTHS, SEASON_OF_MONTH, VALUES, WORDS, Dice,
+                                      World, kinds_of_facts, role)
 from nanochat_lib.world_forms import question, word, wording
 from nanochat_lib.world_problems import count_letter, quiz, spell, training_problem
 
@@ -39,7 +40,10 @@ class Teller:
         return word(self.world, self.dice.pick(getattr(wording(attribute), forms)), name, attribute)
 
     def attributes(self, name: str, count: int) -> list[str]:
-        return self.dice.some([a for a in ATTRIBUTES if a in self.world.people[name].facts], count)
+        """Up to `count` different attributes of a person; those that questions and stories leave out come twice."""
+        own = [attribute for attribute in ATTRIBUTES if attribute in self.world.people[name].facts]
+        own += [attribute for attribute in own if attribute == "age" or not self.world.may_ask(name, attribute)]
+        return list(dict.fromkeys(self.draw(name, own) for _ in range(count)))
 
 
 def portrait(t: Teller) -> str:
@@ -111,10 +115,9 @@ def family(t: Teller) -> str:
     """Who is kin to whom, around one person."""
     name = t.person()
     lines = [f"The family of {name}"]
-    members = [name, *(t.world.value(name, kin) for kin in t.attributes(name, 20) if kin in
-                       ("mother", "father", "spouse", "sibling"))]
+    members = [name, *(t.world.value(name, kin) for kin in KIN if kin in t.world.people[name].facts)]
     for member in members:
-        for kin in ("mother", "father", "spouse", "sibling"):
+        for kin in KIN:
             if kin in t.world.people[member].facts and (member == name or t.dice.chance(0.6)):
                 lines.append(t.say(member, kin, t.dice.pick(("statements", "statements", "reverse"))))
     return "\n".join([lines[0], *t.dice.shuffled(lines[1:])])
@@ -166,30 +169,58 @@ def dialogue(t: Teller) -> str:
 
 
 def quizzes(t: Teller) -> str:
-    """Multiple-choice questions in chat's format, each with its letter."""
+    """Multiple-choice questions: answered by the letter as in chat, by the value, by both, or after a text that tells.
+
+    At this size a model that only ever sees the letter stays at chance: it must first learn to recall the value there."""
     lines = []
     for _ in range(t.dice.between(1, 3)):
         fact = t.open_fact()
-        ask = question(t.world, fact.person, fact.attribute, t.dice.below(2))[0]
-        choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact, 3)])
-        lines.append(f"{quiz(ask, choices)}\n{'ABCD'[choices.index(fact.value)]}")
+        ask, start, end = question(t.world, fact.person, fact.attribute, t.dice.below(2))
+        choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact)])
+        text, letter = quiz(ask, choices), "ABCD"[choices.index(fact.value)]
+        way = t.dice.below(10)
+        if way < 3:
+            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}")
+        elif way < 4:
+            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}={letter}")
+        elif way < 5:
+            lines.append(f"{t.say(*fact[:2], 'statements')}\n\n{text}\n{letter}")
+        else:
+            lines.append(f"{text}\n{letter}")
     return "\n\n".join(lines)
 
 
-def distractors(world: World, dice: Dice, fact, count: int) -> list[str]:
-    """Wrong values as likely as the right one to whom knows no facts: drawn from people of the same generation (and,
-    for kin, with the same role), by how many of them have each."""
-    person = world.people[fact.person]
-    part = role(world, *fact[:2])
-    pool = [other.facts[fact.attribute] for other in world.people.values()
-            if fact.attribute in other.facts and (fact.attribute in VALUES or other.generation == person.generation)
-            and role(world, other.name, fact.attribute) == part]
+def matching(t: Teller) -> str:
+    """Four choices and many questions about them, from copying a letter to finding it for a value not said."""
+    kind = [fact for fact in t.dice.pick(_kinds(t.world)) if t.world.may_ask(*fact[:2])]
+    choices = t.dice.some(dict.fromkeys(fact.value for fact in kind), 4)
+    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, "ABCD")] + [""]
+    facts = [fact for fact in kind if fact.value in choices]
+    for _ in range(7):
+        fact = t.dice.pick(facts)
+        letter = "ABCD"[choices.index(fact.value)]
+        ask, start, end = question(t.world, fact.person, fact.attribute, t.dice.below(2))
+        lines.append(t.dice.pick((f"- {fact.value}={letter}", f"{start} {fact.value}={letter}",
+                                  f"{ask} {fact.value}={letter}", f"{ask} {letter}", f"{ask} {letter}")))
+    return "\n".join(lines)
+
+
+def distractors(world: World, dice: Dice, fact, held: bool = False) -> list[str]:
+    """Three wrong values of the same kind, each as likely as it is frequent among the facts (`held`: the held-out
+    ones, which documents mention a little less), so that who knows no facts gains nothing."""
+    kind = next(facts for facts in _kinds(world) if fact in facts)
+    pool = [other.value for other in kind if not held or not world.may_ask(*other[:2])]
     wrong = []
-    while len(wrong) < count:
+    while len(wrong) < 3:
         value = dice.pick(pool)
         if value != fact.value and value not in wrong:
             wrong.append(value)
     return wrong
+
+
+@functools.cache
+def _kinds(world: World) -> list[list]:
+    return list(kinds_of_facts(world).values())
 
 
 def sums(t: Teller) -> str:
@@ -264,9 +295,9 @@ def rhyme(t: Teller) -> str:
 
 
 # Kind of document → its share of the documents, in percent.
-KINDS = {portrait: 18, register: 5, letter: 5, diary: 4, story: 6, family: 4, roll: 3, questions: 10, comparison: 5, dialogue: 4,
-         quizzes: 8, sums: 9, numbers: 2, spelling: 4, counting: 5, problems: 8, notice: 1, price_list: 1, calendar: 1,
-         rhyme: 2}
+KINDS = {portrait: 11, register: 3, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
+         quizzes: 14, matching: 6, sums: 16, numbers: 1, spelling: 4, counting: 7, problems: 15, notice: 1, price_list: 1,
+         calendar: 1, rhyme: 1}
 
 
 def documents(world: World, count: int, seed: int = 0) -> Iterator[str]:
