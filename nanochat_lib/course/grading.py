@@ -154,7 +154,7 @@ def shown(value: Any) -> str:
     corner = value.detach().float().cpu()[(slice(4),) * value.dim()]
     while corner.dim() > 2:
         corner = corner[0]
-    text = str((corner * 1e4).round().div(1e4).tolist())
+    text = re.sub(r"(\.\d{4})\d+", r"\1", str(corner.double().tolist()))
     return text if corner.numel() == value.numel() else f"{text} (a corner)"
 
 
