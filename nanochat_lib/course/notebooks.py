@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from nanochat_lib.course.export import ROOT, CourseError
+from nanochat_lib.course.export import CourseError
 
 SECONDS_PER_CELL = 300
 METADATA = {
@@ -74,6 +74,6 @@ def build_notebook(source: Path, force: bool = False) -> bool:
     path, text = source.with_suffix(".ipynb"), jupytext.read(source)
     if is_current(path, text) and not force:
         return False
-    execute(text, source.parent, str(source.relative_to(ROOT)))
+    execute(text, source.parent, f"{source.parent.name}/{source.name}")
     write_notebook(text, path)
     return True
