@@ -18,6 +18,240 @@
 # %%
 #| default_exp dataloader
 
+# %%
+#| export
+"""Text to training batches: documents packed best-fit into rows, without padding, resumable to the exact document."""
+
+# %%
+#| export
+from bisect import bisect_right, insort
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.dataset import RowGroup, deal, read_texts, row_groups
+from nanochat_lib.tokenizer import Tokenizer
+
+BUFFER = 1000  # tokenized documents to choose from: enough that one of about the right length is always there
+CHUNK = 128    # documents read and tokenized at a time
+
+# %% [markdown]
+# ## Rows without padding
+#
+# The model reads rows of T + 1 tokens; documents are of any length. Padding wastes computing; cutting a stream of documents
+# every T + 1 tokens gives rows that begin in the middle of a sentence. *Best fit* does better: keep a buffer of 1,000
+# documents, and put into a row the longest one that still fits, again and again. When none fits, crop the shortest.
+# Every row then starts with `<|bos|>` at the start of a document, and no position is empty.
+#
+# Searching a list of 1,000 for each document would cost more than the rest of the loader. Kept sorted by length, bisection
+# finds the document in ten comparisons.
+
+# %%
+#| export
+class BestFit:
+    """Documents waiting to be packed (anything with a length), found by length in O(log n)."""
+
+    def __init__(self):
+        self.keys: list[tuple[int, int]] = []  # (length, −arrival), sorted: of equal lengths the earliest is last
+        self.documents: dict[int, Any] = {}    # by arrival
+        self.arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def add(self, document: Any) -> None:
+        insort(self.keys, (len(document), -self.arrivals))
+        self.documents[self.arrivals] = document
+        self.arrivals += 1
+
+    def take(self, room: int, crop: bool = True) -> Any:
+        """Remove and return the longest document of at most `room` tokens, the earliest of equals.
+
+        If none fits: the shortest, for the caller to crop, or None without `crop`. The buffer must not be empty.
+        """
+        place = bisect_right(self.keys, (room, 0)) - 1
+        if place < 0 and not crop:
+            return None
+        if place < 0:
+            place = bisect_right(self.keys, (self.keys[0][0], 0)) - 1
+        return self.documents.pop(-self.keys.pop(place)[1])
+
+
+# %% [markdown]
+# ## Where a loader stands
+#
+# A run that is stopped and resumed must read on as if nothing had happened: no document lost, none read twice. What has been
+# read is a position: epoch, row group, document. But the buffer holds documents from before it, so the state
+# names these too, as (row group, indices), and resuming reads them again. That is exact, and small in a checkpoint.
+#
+# Ranks take row groups in turn. If a run resumes on another number of ranks, what the old ranks had left of their epoch is
+# dealt anew; from the next epoch on, the new ranks read as if they had always been there.
+
+# %%
+#| export
+class Document(NamedTuple):
+    """A tokenized document in the buffer, and where it came from."""
+
+    tokens: np.ndarray  # int32, starts with <|bos|>
+    unit: RowGroup
+    index: int          # among the documents of the unit
+    position: tuple[int, int, int]  # of what follows it: (epoch, place of the unit in the rank's share, index)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def share(units: list[RowGroup], epoch: int, rank: int, world_size: int,
+          origin: list[dict] | None = None) -> list[tuple[RowGroup, int]]:
+    """What a rank reads in an epoch: (row group, documents to skip) pairs.
+
+    `origin`: states of the ranks of an earlier run, of another number, whose leavings are dealt first.
+    """
+    if not origin or epoch > max(state["epoch"] for state in origin):
+        return [(unit, 0) for unit in deal(units, rank, world_size)]
+    left = []
+    for old_rank, state in enumerate(origin):
+        mine = share(units, epoch, old_rank, len(origin), state["origin"])
+        if epoch == state["epoch"]:
+            mine = mine[state["place"]:]
+            mine[:1] = [(unit, max(skip, state["document"])) for unit, skip in mine[:1]]
+        left += mine if epoch >= state["epoch"] else []
+    left.sort(key=lambda pair: (pair[0].shard, pair[0].group, pair[0].rows.start or 0))
+    return left[rank::world_size]
+
+
+def address(unit: RowGroup) -> list[int | None]:
+    """A row group as JSON: [shard, row group, first row, end, step]."""
+    return [unit.shard, unit.group, unit.rows.start, unit.rows.stop, unit.rows.step]
+
+
+def flat(buffer: list) -> list[tuple[list, int]]:
+    """[[address, indices], …] → [(address, index), …]"""
+    return [(where, index) for where, indices in buffer for index in indices]
+
+# %% [markdown]
+# The loader itself: a thread reads and tokenizes one chunk ahead; the buffer is topped up before each choice; `state()` may
+# be asked for after any batch.
+
+# %%
+#| export
+class PackedLoader:
+    """Endless batches (inputs, targets) of a split, each (batch_size, seq_len) int64, packed best-fit.
+
+    `state` resumes: what `state()` gave, or the list of all ranks' states, also of another number of ranks.
+    Raises NanochatError without data, or if the state belongs to other data.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, batch_size: int, seq_len: int, split: str = "train", data_dir: str = "",
+                 rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu",
+                 state: dict | Sequence[dict] | None = None, buffer_size: int = BUFFER):
+        self.tokenizer, self.batch_size, self.seq_len, self.buffer_size = tokenizer, batch_size, seq_len, buffer_size
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.units = row_groups(data_dir, split)
+        self.thread = ThreadPoolExecutor(1)
+        self.rewind(state)
+
+    def rewind(self, state: dict | Sequence[dict] | None = None) -> None:
+        """Go to a state; None: to the beginning."""
+        if state and not isinstance(state, dict) and len(state) == self.world_size:
+            state = state[self.rank]
+        self.origin, self.position, waiting = None, (0, 0, 0), []
+        if isinstance(state, dict):
+            self.origin, waiting = state["origin"], flat(state["buffer"])
+            self.position = state["epoch"], state["place"], state["document"]
+        elif state:  # of another number of ranks
+            self.origin = [{**old, "buffer": None} for old in state]
+            self.position = min(old["epoch"] for old in state), 0, 0
+            waiting = [pair for old in state for pair in flat(old["buffer"])][self.rank::self.world_size]
+        self.buffer = BestFit()
+        for document in self._read_again(waiting):
+            self.buffer.add(document)
+        self.chunks, self.chunk = self._chunks(*self.position), []
+        self.ahead = self.thread.submit(next, self.chunks)
+
+    def state(self) -> dict[str, Any]:
+        """Where this rank stands, as JSON: what to read next, and which documents wait in the buffer."""
+        waiting = (self.buffer.documents[arrival] for arrival in sorted(self.buffer.documents))
+        epoch, place, document = self.position
+        return {"epoch": epoch, "place": place, "document": document, "origin": self.origin,
+                "buffer": [[address(unit), [document.index for document in documents]]
+                           for unit, documents in groupby(waiting, key=lambda document: document.unit)]}
+
+    def __iter__(self) -> "PackedLoader":
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        on_cuda = self.device.type == "cuda"
+        batch = torch.empty((self.batch_size, self.seq_len + 1), dtype=torch.long, pin_memory=on_cuda)
+        for row in batch.numpy():
+            self._fill(row)
+        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return tuple(part.to(self.device, non_blocking=on_cuda) for part in (inputs, targets))
+
+    def _fill(self, row: np.ndarray) -> None:
+        """Pack one row in place."""
+        filled = 0
+        while filled < len(row):
+            while len(self.buffer) < self.buffer_size:
+                self._add_document()
+            tokens = self.buffer.take(len(row) - filled).tokens[:len(row) - filled]
+            row[filled:filled + len(tokens)] = tokens
+            filled += len(tokens)
+
+    def _add_document(self) -> None:
+        """Move the next document of the data into the buffer."""
+        if not self.chunk:
+            self.chunk = self.ahead.result()[::-1]
+            self.ahead = self.thread.submit(next, self.chunks)
+        document = self.chunk.pop()
+        self.buffer.add(document)
+        self.position = document.position
+
+    def _chunks(self, epoch: int, place: int, skip: int):
+        """Tokenized documents from a position on, epoch after epoch, in lists of up to CHUNK."""
+        empty = 0  # epochs in a row without a document
+        while True:
+            found = False
+            for place, (unit, first) in list(enumerate(share(self.units, epoch, self.rank, self.world_size,
+                                                             self.origin)))[place:]:
+                texts, first, skip = read_texts(unit), max(first, skip), 0
+                for start in range(first, len(texts), CHUNK):
+                    found = True
+                    yield [self._document(unit, i, tokens, (epoch, place, i + 1)) for i, tokens in
+                           enumerate(self._tokenize(texts[start:start + CHUNK]), start)]
+            epoch, place, empty = epoch + 1, 0, 0 if found else empty + 1
+            if empty > 2:
+                raise NanochatError(f"no documents for process {self.rank} in {self.units[0].path.parent}: "
+                                    "start fewer processes or fetch more data")
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer.encode(texts, prepend=self.tokenizer.get_bos_token_id())
+
+    @staticmethod
+    def _document(unit: RowGroup, index: int, tokens: list[int], position: tuple[int, int, int]) -> Document:
+        return Document(np.array(tokens, dtype=np.int32), unit, index, position)
+
+    def _read_again(self, waiting: list[tuple[list, int]]):
+        """The documents of a saved buffer, in the order of their arrival."""
+        paths = {(unit.shard, unit.group): unit.path for unit in self.units}
+        for (shard, group, *rows), pairs in groupby(waiting, key=lambda pair: pair[0]):
+            indices = [index for _, index in pairs]
+            if (shard, group) not in paths:
+                raise NanochatError(f"the checkpoint was reading row group {group} of shard {shard}, which is not in "
+                                    f"{self.units[0].path.parent}: give --data-dir the data it was trained on")
+            unit = RowGroup(paths[shard, group], shard, group, slice(*rows))
+            texts = read_texts(unit)
+            if max(indices) >= len(texts):
+                raise NanochatError(f"{unit.path} has changed since the checkpoint was written: "
+                                    "give --data-dir the data it was trained on")
+            for index, tokens in zip(indices, self._tokenize([texts[index] for index in indices])):
+                yield self._document(unit, index, tokens, self.position)
+
 # %% [markdown]
 # ## Checkpoints: a run that nothing can kill
 #
