@@ -1,0 +1,569 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 08 · The engine
+#
+# *How does it answer quickly, and use a calculator?* — 20 minutes, about one of them computing.
+
+# %%
+#| default_exp engine
+
+# %% [markdown]
+# ## A calculator that can be trusted
+#
+# The model writes the expression, so it is a stranger's text: `eval` is out of the question. Python's own parser turns it into a
+# tree; we walk the tree and know only numbers, six operators and `'word'.count('r')`. Fractions keep 0.1 + 0.2 at 0.3.
+
+# %%
+#| export tools
+"""The calculator a chat model may call while it answers."""
+
+# %%
+#| export tools
+import ast
+import operator
+import re
+from decimal import Context, Decimal
+from fractions import Fraction
+
+MAX_LENGTH, MAX_DEPTH, MAX_SIZE = 256, 32, 10**40
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg}
+QUOTED = r"'[^'\\]*'|\"[^\"\\]*\""
+ALLOWED = re.compile(rf"(?:[0-9\s.+\-*/%()]|{QUOTED}|(?<=['\"])\.count\()*")  # no letter outside quotes, so no names
+COMMA = re.compile(rf"({QUOTED})|(?<=\d),(?=\d{{3}}(?!\d))")  # a thousands comma, not one in a quoted word
+
+
+def evaluate(node: ast.AST, depth: int = 0) -> Fraction:
+    """The exact value of an expression's tree. Raises ValueError or ArithmeticError for what a calculator has no key for."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deep")
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            value = Fraction(str(number))  # the decimal that was typed, not its nearest binary
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            value = Fraction(OPERATORS[type(op)](evaluate(left, depth + 1), evaluate(right, depth + 1)))
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+            value = OPERATORS[type(op)](evaluate(operand, depth + 1))
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+                      args=[ast.Constant(value=str() as part)], keywords=[]):
+            value = Fraction(text.count(part))
+        case _:
+            raise ValueError(f"no key for {type(node).__name__}")
+    if abs(value.numerator) > MAX_SIZE or value.denominator > MAX_SIZE:
+        raise ValueError("too many digits")
+    return value
+
+
+def calculate(expression: str) -> str | None:
+    """The value of `expression` as decimal text (ten significant digits), or None if it is not one. Never raises.
+
+    Knows numbers (with thousands commas), + - * / // %, parentheses and 'word'.count('r'). Nothing is executed; length,
+    nesting and digits are bounded, and so is time (well under a millisecond).
+    """
+    text = COMMA.sub(lambda match: match[1] or "", expression[:MAX_LENGTH + 1].strip())
+    if len(expression) > MAX_LENGTH or not ALLOWED.fullmatch(text):
+        return None
+    try:
+        value = evaluate(ast.parse(" ".join(text.split()), mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    if value.denominator == 1:
+        return str(value.numerator)
+    return f"{Context(prec=10).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
+
+# %%
+#| export
+"""Fast generation: a cache of keys and values, a batch that rows join and leave, and a calculator in the loop."""
+
+# %%
+#| export
+import contextlib
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import psutil
+import torch
+
+from nanochat_lib.common import NanochatError, progress as progress_bar
+from nanochat_lib.gpt import GPT, GPTConfig, softcap
+from nanochat_lib.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_lib.tools import calculate
+
+# %%
+#| export
+class KVCache:
+    """Keys and values of every layer for up to `rows` sequences, each with its own length.
+
+    One tensor (2, layer, row, kv head, position, head dim), made at first use; the model sees the first `len(lengths)` rows.
+    Places behind a row's length may hold anything finite: they are overwritten before they are seen.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int, capacity: int):
+        self.n_layer, self.rows, self.capacity = config.n_layer, rows, capacity
+        self.store: torch.Tensor | None = None
+        self.lengths = torch.zeros(0, dtype=torch.int64)  # (B,) tokens held by each row
+        self.counts: torch.Tensor | None = None  # (B,) real tokens of the coming forward, if rows are right-padded
+        self.previous: torch.Tensor | None = None  # (B, C) embedding before smear of each row's last token
+        self.longest = 0  # max(lengths), known without asking the device
+
+    def allocate(self, like: torch.Tensor) -> None:
+        """Make the store for keys like this (…, KVH, D): zeros, since attention weighs unseen values 0, and 0 · nan is nan."""
+        if self.store is None:
+            self.store = like.new_zeros(2, self.n_layer, self.rows, like.size(-2), self.capacity, like.size(-1))
+
+    def resize(self, lengths: list[int] | np.ndarray, device: torch.device | str) -> None:
+        """The batch is now the first len(lengths) rows, which hold this many tokens."""
+        self.lengths = torch.as_tensor(lengths, dtype=torch.int64).to(device, non_blocking=True)
+        self.longest = int(max(lengths))
+
+    def insert(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v (B, T, KVH, D) behind each row's tokens; returns all keys and values (B, longest + T, KVH, D)."""
+        B, T = k.shape[:2]
+        self.allocate(k)
+        end = self.longest + T
+        if end > self.capacity:
+            raise ValueError(f"a cache of {self.capacity} positions has no place for {end}")
+        keys, values = self.store[:, layer, :B, :, :end].transpose(2, 3)
+        if self.longest == 0:
+            keys.copy_(k), values.copy_(v)
+        else:
+            if layer == 0:
+                steps = torch.arange(T, device=k.device)
+                self.places = torch.arange(B, device=k.device)[:, None], self.lengths[:, None] + steps
+            keys[self.places], values[self.places] = k, v
+        return keys, values
+
+    def advance(self, T: int) -> None:
+        """The forward is over: every row is longer by its count, or by T."""
+        self.lengths = self.lengths + (T if self.counts is None else self.counts)
+        self.longest += T
+        self.counts = None
+
+    def append_rows(self, source: "KVCache", rows: list[int], at: int) -> None:
+        """Copy `rows` of `source` behind the first `at` rows: one prompt may serve many."""
+        self.allocate(source.store[0, 0].transpose(1, 2))
+        index, end = torch.tensor(rows, device=source.store.device), source.longest
+        self.store[:, :, at:at + len(rows), :, :end] = source.store[:, :, :, :, :end].index_select(2, index)
+        previous = source.previous[index]
+        self.previous = torch.cat((self.previous[:at], previous)) if at else previous
+
+    def close_holes(self, source: list[int], target: list[int], keep: int) -> None:
+        """Copy rows `source` over the finished rows `target`; the first `keep` rows remain."""
+        if source:
+            self.store[:, :, target, :, :self.longest] = self.store[:, :, source, :, :self.longest]
+            self.previous[target] = self.previous[source]
+        self.previous = self.previous[:keep]
+
+# %%
+#| export
+def darts(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) per row, from its key and how many tokens it has: splitmix64 (Steele et al. 2014).
+
+    A row draws the same numbers in any batch. keys uint64 (B,), counts int64 (B,) → float32 (B,).
+    """
+    x = keys + (counts.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(41)).astype(np.float32) / np.float32(2**23)
+
+
+def sample(logits: torch.Tensor, dart: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+           top_p: float | None = None) -> torch.Tensor:
+    """One token per row of logits (B, V) → (B,) int64.
+
+    Temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p. The kept
+    probabilities are laid end to end in order of id, and `dart` (B,) in [0, 1) lands on one.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    temperature, ids = max(temperature, 1e-6), None
+    nucleus = top_p is not None and top_p < 1
+    if nucleus or (top_k and top_k < logits.size(-1)):
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1, sorted=nucleus)
+    if nucleus:
+        p = (logits / temperature).softmax(dim=-1)
+        logits = logits.masked_fill(p.cumsum(dim=-1) - p >= top_p, -torch.inf)
+    if ids is not None:  # by id, not by rank: rounding may swap the ranks of two nearly equal logits
+        ids, order = ids.sort(dim=-1)
+        logits = logits.gather(-1, order)
+    line = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+    place = torch.searchsorted(line, dart[:, None] * line[:, -1:], right=True)
+    return (place if ids is None else ids.gather(-1, place))[:, 0]
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer as it comes; the last one says why it is the last."""
+
+    id: int
+    forced: bool  # put there by a tool, not chosen by the model
+    logprob: float  # by the model itself, before temperature and top-k; 0 if forced
+    finish_reason: str | None = None  # "stop", "length" or "context"
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their probabilities, if asked for
+    text: str = ""  # the whole characters it completes (only from Engine.stream)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer without its prompt and without the token that ended it. mask: 1 chosen by the model, 0 forced by a tool."""
+
+    tokens: list[int]
+    mask: list[int]
+    logprobs: list[float]
+    finish_reason: str  # "stop", "length", "context" or "cancelled"
+    stop_token: int | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One row of a batch: what is wanted and, once it has left the batch, its completion. NanochatError without a prompt."""
+
+    prompt: list[int]
+    max_tokens: int | None = None  # None: until the context is full
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 42
+    sample: int = 0  # which of several answers to this prompt
+    watch: Callable[[Token], None] | None = None  # called with every token as it comes
+    top: int = 0  # how many alternatives a watched token carries
+    completion: Completion | None = None
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise NanochatError("nothing to continue: a prompt has at least one token (a document starts with <|bos|>)")
+        if not 0 <= self.temperature < float("inf") or (self.top_k or 0) < 0 or not 0 < (self.top_p or 1) <= 1:
+            raise NanochatError("sampling settings out of range: temperature and top-k are 0 or more, top-p in (0, 1]")
+        self.settings = (self.temperature, self.top_k, self.top_p)
+
+    def key(self) -> int:
+        """64 bits for `darts`: a row depends on its prompt, seed and sample number, and on nothing around it."""
+        text = f"{self.seed} {self.sample} {self.prompt}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+# %%
+#| export
+PREFILL = 8192  # most tokens of one prefill, padding included: bounds its memory
+
+
+class Batch:
+    """A running batch: requests wait, join when rows are free, leave when finished. One `step` is one token for each row.
+
+    Running row i lives in cache row i. Its notes (tokens, counts) stay on line `line[i]` while the cache is compacted.
+    """
+
+    def __init__(self, engine: "Engine", rows: int, capacity: int, refill: float = 0.0):
+        self.engine, self.rows, self.capacity = engine, rows, capacity
+        self.refill = max(1, int(refill * rows))  # rows that must be free before new ones join: fewer, larger prefills
+        self.cache = KVCache(engine.model.config, rows, capacity)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.cancelled: set[Request] = set()
+        self.logits: torch.Tensor | None = None  # (B, V) for the coming token of each running row
+        self.groups: list | None = None  # (settings, rows) of rows sampled alike; None: to be found
+        self.watchers: list[int] = []  # rows whose tokens are watched
+        self.line, self.free = np.zeros(rows, np.int64), list(range(rows))
+        self.keys = np.zeros(rows, np.uint64)
+        self.lengths, self.counts, self.budgets, self.calls, self.forced_until = np.zeros((5, rows), np.int64)
+        self.tokens = np.zeros((rows, capacity + 1), np.int64)
+        self.mask, self.logprobs = np.zeros(self.tokens.shape, np.int64), np.zeros(self.tokens.shape)
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Let go of a request at the next step; its completion is what it has until then."""
+        self.cancelled.add(request)
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """One more token for every running row, after letting waiting ones join; returns the requests finished now."""
+        finished = self.drop_cancelled() if self.cancelled else []
+        finished += self.admit() if self.waiting else []
+        if self.running:
+            finished += self.drop(self.settle(*self.choose()))
+        if self.running:
+            line = self.line[:len(self.running)]
+            last = torch.from_numpy(self.tokens[line, self.counts[line] - 1])
+            self.cache.resize(self.lengths[line] + self.counts[line] - 1, self.engine.device)
+            self.logits = self.engine.forward(last[:, None], self.cache)
+        return finished
+
+    def admit(self) -> list[Request]:
+        """Prefill waiting requests into the free rows, each distinct prompt once; returns those with no room for a token."""
+        finished, prompts = [], {}
+        if len(self.free) < self.refill and self.running:
+            return finished
+        for _ in range(min(len(self.free), len(self.waiting))):
+            request = self.waiting.popleft()
+            room = self.capacity + 1 - len(request.prompt)
+            if room <= 0 or request.max_tokens == 0:
+                request.completion = Completion([], [], [], "length" if room > 0 else "context")
+                finished.append(request)
+            else:
+                prompts.setdefault(tuple(request.prompt), []).append(request)
+        chunk: list[tuple[int, ...]] = []
+        for prompt in sorted(prompts, key=len):
+            if chunk and (len(chunk) + 1) * len(prompt) > PREFILL:
+                self.prefill(chunk, prompts)
+                chunk = []
+            chunk.append(prompt)
+        if chunk:
+            self.prefill(chunk, prompts)
+        return finished
+
+    def prefill(self, chunk: list[tuple[int, ...]], prompts: dict[tuple[int, ...], list[Request]]) -> None:
+        """Run prompts, sorted by length, in one forward, right-padded; copy each result to all rows that ask for it."""
+        lengths, device = [len(prompt) for prompt in chunk], self.engine.device
+        padded = torch.tensor([prompt + (0,) * (lengths[-1] - len(prompt)) for prompt in chunk])
+        cache = KVCache(self.engine.model.config, len(chunk), lengths[-1])
+        cache.resize([0] * len(chunk), device)
+        ends = torch.tensor(lengths, device=device)
+        cache.counts = None if lengths[0] == lengths[-1] else ends
+        logits = self.engine.forward(padded, cache, ends - 1)
+        rows = [row for row, prompt in enumerate(chunk) for _ in prompts[prompt]]
+        at = len(self.running)
+        self.cache.append_rows(cache, rows, at)
+        self.logits = torch.cat([self.logits] * (at > 0) + [logits[rows]])
+        for request in (request for prompt in chunk for request in prompts[prompt]):
+            line = self.line[len(self.running)] = self.free.pop()
+            self.running.append(request)
+            room = self.capacity + 1 - len(request.prompt)
+            self.keys[line], self.lengths[line], self.counts[line] = request.key(), len(request.prompt), 0
+            self.budgets[line] = room if request.max_tokens is None else min(room, request.max_tokens)
+            self.calls[line], self.forced_until[line] = -1, 0
+        self.groups = None
+
+    def choose(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sample every running row: tokens (B,) and log-probabilities (B,), on the host. The step's only wait for the device."""
+        if self.groups is None:
+            alike: dict[tuple, list[int]] = {}
+            for row, request in enumerate(self.running):
+                alike.setdefault(request.settings, []).append(row)
+            self.groups = [(settings, torch.tensor(rows, device=self.engine.device)) for settings, rows in alike.items()]
+            self.watchers = [row for row, request in enumerate(self.running) if request.watch]
+        line = self.line[:len(self.running)]
+        dart = torch.from_numpy(darts(self.keys[line], self.counts[line])).to(self.engine.device, non_blocking=True)
+        if len(self.groups) == 1:
+            ids = sample(self.logits, dart, *self.groups[0][0])
+        else:
+            ids = torch.empty(len(line), dtype=torch.int64, device=self.engine.device)
+            for settings, rows in self.groups:
+                ids[rows] = sample(self.logits[rows], dart[rows], *settings)
+        logprobs = self.logits.gather(-1, ids[:, None])[:, 0] - self.logits.logsumexp(dim=-1)
+        tokens, logprobs = torch.stack((ids.double(), logprobs.double())).cpu().numpy()
+        return tokens.astype(np.int64), logprobs
+
+    def settle(self, tokens: np.ndarray, logprobs: np.ndarray) -> dict[int, str]:
+        """Note the tokens, forced ones in place of sampled ones, run the tools; returns {row: finish reason} of ended rows."""
+        line, special = self.line[:len(self.running)], self.engine
+        counts = self.counts[line]
+        forced = counts < self.forced_until[line]
+        tokens = np.where(forced, self.tokens[line, counts], tokens)
+        self.tokens[line, counts], self.mask[line, counts] = tokens, ~forced
+        self.logprobs[line, counts] = logprobs = np.where(forced, 0.0, logprobs)
+        self.counts[line] = counts = counts + 1
+        ended = {}
+        for row in np.flatnonzero(counts >= self.budgets[line]).tolist():
+            ended[row] = "length" if counts[row] == self.running[row].max_tokens else "context"
+        for row in np.flatnonzero(special.notable[tokens] & ~forced).tolist():
+            place, token, count = line[row], tokens[row], counts[row]
+            if token in special.stops:
+                ended[row] = "stop"
+            elif token == special.python_start:  # a second start begins the call anew
+                self.calls[place] = count
+            elif self.calls[place] >= 0:  # python_end of an open call
+                said = special.answer_call(self.tokens[place, self.calls[place]:count - 1].tolist())
+                said = said[:self.capacity + 1 - count]
+                self.tokens[place, count:count + len(said)] = said
+                self.calls[place], self.forced_until[place] = -1, count + len(said)
+        for row in self.watchers:
+            request, top = self.running[row], ()
+            if request.top:
+                p, ids = self.logits[row].softmax(dim=-1).topk(request.top)
+                top = tuple(zip(ids.tolist(), p.tolist()))
+            request.watch(Token(int(tokens[row]), bool(forced[row]), float(logprobs[row]), ended.get(row), top))
+        return ended
+
+    def drop_cancelled(self) -> list[Request]:
+        """Take cancelled requests out, waiting or running."""
+        waiting = [request for request in self.waiting if request in self.cancelled]
+        for request in waiting:
+            self.waiting.remove(request)
+            request.completion = Completion([], [], [], "cancelled")
+        rows = {row: "cancelled" for row, request in enumerate(self.running) if request in self.cancelled}
+        self.cancelled.clear()
+        return waiting + self.drop(rows)
+
+    def drop(self, ended: dict[int, str]) -> list[Request]:
+        """Complete the requests of these rows and close the holes with the last rows; returns the requests."""
+        if not ended:
+            return []
+        finished, keep = [self.running[row] for row in ended], len(self.running) - len(ended)
+        for (row, reason), request in zip(ended.items(), finished):
+            place = self.line[row]
+            count = self.counts[place] - (reason == "stop")
+            notes = (notes[place, :count].tolist() for notes in (self.tokens, self.mask, self.logprobs))
+            stop = int(self.tokens[place, count]) if reason == "stop" else None
+            request.completion = Completion(*notes, reason, stop)
+            self.free.append(int(place))
+        holes = [row for row in ended if row < keep]
+        movers = [row for row in range(keep, len(self.running)) if row not in ended]
+        self.cache.close_holes(movers, holes, keep)
+        if holes:
+            self.logits[holes], self.line[holes] = self.logits[movers], self.line[movers]
+        for hole, mover in zip(holes, movers):
+            self.running[hole] = self.running[mover]
+        self.logits, self.groups = self.logits[:keep], None
+        del self.running[keep:]
+        return finished
+
+# %%
+#| export
+class Speller:
+    """Turns tokens into text as they come; a character spread over several tokens appears with its last byte."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.held = tokenizer, []
+        self.vocab = tokenizer.get_vocab_size() - len(SPECIAL_TOKENS)
+
+    def read(self, token: int, last: bool = False) -> str:
+        """The text that is certain now; special tokens have none."""
+        special = token >= self.vocab
+        self.held += [] if special else [token]
+        text = self.tokenizer.decode(self.held)
+        if text.endswith("\ufffd") and len(self.held) < 4 and not (special or last):
+            return ""  # the first bytes of a character that has up to four
+        self.held.clear()
+        return text
+
+
+def cache_bytes(config: GPTConfig, rows: int, capacity: int, bytes_per_number: int = 4) -> int:
+    """Memory of keys and values: 2 · layers · rows · kv heads · positions · head dim numbers."""
+    return 2 * config.n_layer * rows * config.n_kv_head * capacity * (config.n_embd // config.n_head) * bytes_per_number
+
+# %%
+#| export
+class Engine:
+    """Generates with a model: streams, batches, samples, tools."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.device = next(model.parameters()).device
+        special = tokenizer.encode_special
+        self.assistant_end = special("<|assistant_end|>")
+        self.stops = {self.assistant_end, special("<|bos|>")}
+        self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
+        self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
+        self.notable = np.zeros(max(model.config.vocab_size, tokenizer.get_vocab_size()), bool)
+        self.notable[[*self.stops, self.python_start, self.python_end]] = True
+
+    def forward(self, tokens: torch.Tensor, cache: KVCache, last: torch.Tensor | None = None) -> torch.Tensor:
+        """Feed tokens (B, T) to the cache; returns the logits (B, V) after each row's token `last` (B,), default T − 1."""
+        x = self.model.hidden(tokens.to(self.device, non_blocking=True), cache)
+        x = x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]
+        return softcap(self.model.lm_head(x)[:, :self.model.config.vocab_size])
+
+    def answer_call(self, expression: list[int]) -> list[int]:
+        """The tokens a tool call puts into the stream: the result between output markers, or nothing if there is none."""
+        result = calculate(self.tokenizer.decode(expression))
+        return [] if result is None else [self.output_start, *self.tokenizer.encode(result), self.output_end]
+
+    def batch(self, rows: int, capacity: int | None = None, refill: float = 0.0) -> Batch:
+        """An empty batch of at most `rows` rows of `capacity` positions (default and most: the model's context)."""
+        context = self.model.config.sequence_len
+        return Batch(self, rows, min(capacity or context, context), refill)
+
+    def rows_that_fit(self, capacity: int) -> int:
+        """How many rows of `capacity` positions take at most a quarter of the free memory (at least 1)."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return max(1, free // 4 // cache_bytes(self.model.config, 1, capacity))
+
+    def run(self, requests: list[Request], rows: int = 256, progress: bool = False) -> None:
+        """Complete all requests, `rows` at a time: the general form of what follows."""
+        context = self.model.config.sequence_len
+        capacity = max((min(context, len(r.prompt) + (context if r.max_tokens is None else r.max_tokens)) for r in requests),
+                       default=1)
+        batch = self.batch(min(rows, max(1, len(requests)), self.rows_that_fit(capacity)), capacity, refill=1 / 8)
+        for request in sorted(requests, key=lambda request: len(request.prompt)):
+            batch.add(request)
+        with progress_bar(total=len(requests), desc="answers") if progress else contextlib.nullcontext() as bar:
+            while batch:
+                finished = batch.step()
+                if bar is not None:
+                    bar.update(len(finished))
+
+    def generate_many(self, prompts: list[list[int]], num_samples: int = 1, max_tokens: int | None = None,
+                      temperature: float = 1.0, top_k: int | None = None, seed: int = 42, top_p: float | None = None,
+                      rows: int = 256, progress: bool = False) -> list[list[Completion]]:
+        """`num_samples` completions of every prompt, [prompt][sample], all in one batch that refills as rows finish."""
+        requests = [[Request(prompt, max_tokens, temperature, top_k, top_p, seed, number) for number in range(num_samples)]
+                    for prompt in prompts]
+        self.run([request for samples in requests for request in samples], rows, progress)
+        return [[request.completion for request in samples] for samples in requests]
+
+    def generate_batch(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None,
+                       temperature: float = 1.0, top_k: int | None = None, seed: int = 42) -> tuple[list, list]:
+        """(sequences, masks) of `num_samples` answers to one prompt; both begin with the prompt, whose mask is 0."""
+        [answers] = self.generate_many([tokens], num_samples, max_tokens, temperature, top_k, seed)
+        return [tokens + a.tokens for a in answers], [[0] * len(tokens) + a.mask for a in answers]
+
+    def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
+                 top_k: int | None = None, seed: int = 42) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield a column per step: the next token of each sample and its mask (1 chosen, 0 forced by a tool).
+
+        A sample that has ended goes on with <|assistant_end|>, mask 0. Stop iterating to stop generating.
+        """
+        batch = self.batch(num_samples, len(tokens) + (max_tokens or self.model.config.sequence_len))
+        said: list[tuple[int, Token]] = []
+        for number in range(num_samples):
+            batch.add(Request(tokens, max_tokens, temperature, top_k, None, seed, number,
+                              watch=lambda token, number=number: said.append((number, token))))
+        while batch:
+            batch.step()
+            column, mask = [self.assistant_end] * num_samples, [0] * num_samples
+            for number, token in said:
+                column[number], mask[number] = token.id, int(not token.forced)
+            if said:
+                yield column, mask
+            said.clear()
+
+    def stream(self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+               seed: int = 42, top_p: float | None = None, top: int = 0) -> Iterator[Token]:
+        """Yield the tokens of one answer as they come, each with the text it completes; `top` alternatives on demand.
+
+        Stop iterating (or close the generator) to stop. NanochatError if the prompt leaves no room in the context.
+        """
+        said: list[Token] = []
+        request = Request(tokens, max_tokens, temperature, top_k, top_p, seed, watch=said.append, top=top)
+        batch = self.batch(1, len(tokens) + (max_tokens or self.model.config.sequence_len))
+        batch.add(request)
+        speller = Speller(self.tokenizer)
+        while batch:
+            batch.step()
+            for token in said:
+                yield replace(token, text=speller.read(token.id, last=token.finish_reason is not None))
+            said.clear()
+        if request.completion.finish_reason == "context" and not request.completion.tokens:
+            raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {self.model.config.sequence_len}: shorten it")
