@@ -127,6 +127,9 @@ def muon_step(weights: torch.Tensor, gradients: torch.Tensor, momentum_buffer: t
 # %%
 #| export
 SMALL = 1024  # tensors of fewer elements are not worth sharding
+# torch 2.13 renamed both
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def owned_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -170,7 +173,7 @@ class Shard:
         if self.split:
             self.sent = pad_rows(whole, self.chunk * self.world_size).contiguous()
             self.received = whole.new_empty(self.chunk, *self.shape[1:])
-            self.work = dist.reduce_scatter_tensor(self.received, self.sent, async_op=True)
+            self.work = reduce_scatter(self.received, self.sent, async_op=True)
         elif self.world_size > 1:
             self.received = whole.clone()
             self.work = dist.all_reduce(self.received, async_op=True)
@@ -196,7 +199,7 @@ class Shard:
         if self.split:
             self.sent = pad_rows(mine, self.chunk).contiguous()
             self.received = mine.new_empty(self.chunk * self.world_size, *self.shape[1:])
-            self.work = dist.all_gather_into_tensor(self.received, self.sent, async_op=True)
+            self.work = all_gather(self.received, self.sent, async_op=True)
 
     def finish(self) -> None:
         """Phase 3: put the new rows of all ranks into the parameters."""
