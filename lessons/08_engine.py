@@ -170,39 +170,45 @@ class KVCache:
 
 # %%
 #| export
-def darts(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """One number in [0, 1) per row, from its key and how many tokens it has: splitmix64 (Steele et al. 2014).
+def draw_seeds(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """32 fresh bits per row from its key and its number of tokens: splitmix64 (Steele et al. 2014).
 
-    A row draws the same numbers in any batch. keys uint64 (B,), counts int64 (B,) → float32 (B,).
+    A row draws the same bits in any batch. keys uint64 (B,), counts int64 (B,) → int32 (B,).
     """
     x = keys + (counts.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(41)).astype(np.float32) / np.float32(2**23)
+    return (x >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
-def sample(logits: torch.Tensor, dart: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+def gumbel(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise for tokens `ids` (V,) or (B, k), from each row's seed (B,) int32: a hash, not a generator → (B, V or k)."""
+    x = (ids.int() * -1640531535) ^ seeds[:, None]  # spread the ids over 32 bits; products wrap around
+    for multiplier in (-2048144789, -1028477387):  # the finish of MurmurHash3 (Appleby 2011)
+        x = (x ^ (x >> 15)).mul_(multiplier)
+    u = (x >> 9).float().add_(0.5).mul_(2.0**-23).add_(0.5)  # inside (0, 1), exact in float32
+    return u.log_().neg_().log_().neg_()
+
+
+def sample(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None) -> torch.Tensor:
-    """One token per row of logits (B, V) → (B,) int64.
+    """One token per row of logits (B, V), with the randomness of seeds (B,) int32 → (B,) int64.
 
-    Temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p. The kept
-    probabilities are laid end to end in order of id, and `dart` (B,) in [0, 1) lands on one.
+    Temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p. The largest
+    of logit / temperature + Gumbel noise is a draw from the softmax (Gumbel 1954), and hardly ever depends on rounding.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    temperature, ids = max(temperature, 1e-6), None
+    vocab, ids = logits.size(-1), torch.arange(logits.size(-1), device=logits.device)
+    logits = logits / max(temperature, 1e-6)
     nucleus = top_p is not None and top_p < 1
-    if nucleus or (top_k and top_k < logits.size(-1)):
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)), dim=-1, sorted=nucleus)
+    if nucleus or 0 < (top_k or 0) < vocab:
+        logits, ids = logits.topk(min(top_k or vocab, vocab), dim=-1, sorted=nucleus)
     if nucleus:
-        p = (logits / temperature).softmax(dim=-1)
+        p = logits.softmax(dim=-1)
         logits = logits.masked_fill(p.cumsum(dim=-1) - p >= top_p, -torch.inf)
-    if ids is not None:  # by id, not by rank: rounding may swap the ranks of two nearly equal logits
-        ids, order = ids.sort(dim=-1)
-        logits = logits.gather(-1, order)
-    line = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-    place = torch.searchsorted(line, dart[:, None] * line[:, -1:], right=True)
-    return (place if ids is None else ids.gather(-1, place))[:, 0]
+    place = (logits + gumbel(seeds, ids)).argmax(dim=-1, keepdim=True)
+    return ids.expand_as(logits).gather(-1, place)[:, 0]
 
 # %%
 #| export
@@ -252,7 +258,7 @@ class Request:
         self.settings = (self.temperature, self.top_k, self.top_p)
 
     def key(self) -> int:
-        """64 bits for `darts`: a row depends on its prompt, seed and sample number, and on nothing around it."""
+        """64 bits for `draw_seeds`: a row depends on its prompt, seed and sample number, and on nothing around it."""
         text = f"{self.seed} {self.sample} {self.prompt}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -361,13 +367,14 @@ class Batch:
             self.groups = [(settings, torch.tensor(rows, device=self.engine.device)) for settings, rows in alike.items()]
             self.watchers = [row for row, request in enumerate(self.running) if request.watch]
         line = self.line[:len(self.running)]
-        dart = torch.from_numpy(darts(self.keys[line], self.counts[line])).to(self.engine.device, non_blocking=True)
+        seeds = torch.from_numpy(draw_seeds(self.keys[line], self.counts[line]))
+        seeds = seeds.to(self.engine.device, non_blocking=True)
         if len(self.groups) == 1:
-            ids = sample(self.logits, dart, *self.groups[0][0])
+            ids = sample(self.logits, seeds, *self.groups[0][0])
         else:
             ids = torch.empty(len(line), dtype=torch.int64, device=self.engine.device)
             for settings, rows in self.groups:
-                ids[rows] = sample(self.logits[rows], dart[rows], *settings)
+                ids[rows] = sample(self.logits[rows], seeds[rows], *settings)
         logprobs = self.logits.gather(-1, ids[:, None])[:, 0] - self.logits.logsumexp(dim=-1)
         tokens, logprobs = torch.stack((ids.double(), logprobs.double())).cpu().numpy()
         return tokens.astype(np.int64), logprobs
