@@ -26,6 +26,7 @@ SPLIT_PATTERN = "|".join([
     r"\s+",
 ])
 
+
 SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
                   "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
