@@ -11,10 +11,26 @@
 # ---
 
 # %% [markdown]
-# # 01 What does a language model read?
+# # 01 · Data
+#
+# *What does a language model read?* — 30 minutes, under one of them computing.
+#
+# Text, as much of it as possible, and then questions that the text answers without having asked them. On eight GPUs the
+# text is 170 shards of ClimbMix, a filtered web corpus (arXiv 2504.13161); on a laptop without a network it is a small world of our
+# own, made here from one seed. Both are folders of the same kind of file, so no later lesson cares which it reads.
+#
+# Why make a world, and not take a book? Because we can then *know* what the model should know. Every fact of the world is
+# stated in the text; a fixed part of the facts is never asked about there, and that part is the examination.
 
 # %%
 #| default_exp world
+
+# %% [markdown]
+# ## One seed, one world
+#
+# A measurement is worth something if it can be repeated, so the same seed must give the same bytes on any machine. Two habits
+# usually spoil that: iterating over a set (its order follows the hash seed), and `random.shuffle` (its stream has changed between
+# Python versions). `Dice` draws from `random.Random(seed).random()` alone, the one stream that Python promises to keep.
 
 # %%
 #| export world_facts
@@ -67,6 +83,12 @@ class Dice:
         return self.shuffled([values[i % len(values)] for i in range(count)])
 
 
+# %% [markdown]
+# ## People
+#
+# 64 people in three generations. Names are short words with no meaning of their own, so that a tokenizer of a thousand tokens has
+# room for them. Each person has a dozen attributes; each value is dealt equally often, so that guessing the commonest value gains nothing.
+
 # %%
 #| export world_facts
 WOMEN = ("Ada Amy Ann Bea Cleo Dora Edna Ella Emma Eva Fay Gina Ida Iris Jane Joan "
@@ -109,6 +131,10 @@ class Fact(NamedTuple):
     attribute: str
     value: str
 
+
+# %% [markdown]
+# Two things are decided together with the facts: which of them are *held out* (stated, never asked about), and which sums and words
+# are never worked out in any document.
 
 # %%
 #| export world_facts
@@ -278,6 +304,21 @@ yeast yellow yoghurt yolk zebra zigzag
 
 
 # %%
+from nanochat_lib.world_facts import World
+
+town = World(seed=1)
+someone = town.people["Ada"]
+print(f"{len(town.people)} people, {len(town.facts)} facts, {len(town.held_facts)} of them held out")
+print("Ada:", ", ".join(f"{attribute} {value}" for attribute, value in someone.facts.items()))
+
+# %% [markdown]
+# ## Saying one thing in many ways
+#
+# A model that has read "Ada lives in Denham" once, or always in the same words, can complete that sentence and nothing else. What makes
+# a fact usable is *variety*: stated in several wordings, from both ends ("In Denham lives Ada"), in the first person, beside other
+# facts (Allen-Zhu and Li, *Physics of Language Models* 3.1, arXiv 2309.14316). So each attribute has ten or so templates.
+
+# %%
 #| export world_forms
 """How facts are worded: for each attribute the sentences that state it, in both directions, and ask for it."""
 
@@ -412,6 +453,20 @@ def question(world: World, name: str, attribute: str, form: int) -> tuple[str, s
     ask, start, *end = wording(attribute).questions[form]
     return word(world, ask, name, attribute), word(world, start, name, attribute), "".join(end) + "."
 
+
+# %%
+from nanochat_lib.world_forms import question, word, wording
+
+for form in (*wording("trade").statements, *wording("trade").reverse):
+    print(word(town, form, "Ada", "trade"))
+print(question(town, "Ada", "trade", 0))
+
+# %% [markdown]
+# ## Problems with an answer that can be checked
+#
+# Word problems of one and two steps, in GSM8K's form (Cobbe et al., arXiv 2110.14168): every calculation stands between `<<` and `>>`,
+# which lesson 09 turns into calls of a calculator, and the result follows `####`. Some hold a number that has nothing to do with the
+# answer, so that adding up whatever is there does not work.
 
 # %%
 #| export world_problems
@@ -579,6 +634,21 @@ def quiz(question: str, choices: list[str]) -> str:
 
 
 # %%
+from nanochat_lib.world_facts import Dice
+from nanochat_lib.world_problems import count_letter, make_problem
+
+problem = make_problem(town, Dice(5), steps=2)
+print(problem.question, problem.answer, "", sep="\n")
+print("letters of banana, counting a:", count_letter("banana", "a"))
+
+# %% [markdown]
+# ## Documents
+#
+# A `Teller` draws people and facts from shuffled piles, so that each comes up equally often, and 21 kinds of documents use it:
+# portraits, letters, diaries, stories, family registers, prices, sums, spellings, quizzes… A dozen lines each; the first few show
+# the pattern.
+
+# %%
 #| export world_text
 """The documents of the world: portraits, letters, diaries, registers, sums, spellings, quizzes and more."""
 
@@ -622,9 +692,9 @@ class Teller:
         return word(self.world, self.dice.pick(getattr(wording(attribute), forms)), name, attribute)
 
     def attributes(self, name: str, count: int) -> list[str]:
-        """Up to `count` different attributes of a person; those that questions and stories leave out come twice."""
+        """Up to `count` different attributes of a person, those more often that questions and stories leave out."""
         own = [attribute for attribute in ATTRIBUTES if attribute in self.world.people[name].facts]
-        own += [attribute for attribute in own if attribute == "age" or not self.world.may_ask(name, attribute)]
+        own += [attribute for attribute in own if not self.world.may_ask(name, attribute)] + 2 * ["age"]
         return list(dict.fromkeys(self.draw(name, own) for _ in range(count)))
 
 
@@ -655,8 +725,8 @@ def letter(t: Teller) -> str:
     """A letter in which the writer tells of herself and of others."""
     name, other = t.person(), t.person()
     lines = [t.say(name, attribute, "first") for attribute in t.attributes(name, t.dice.between(3, 6))]
-    for attribute in t.attributes(other, 3):
-        lines.append(f"As you know, {t.say(other, attribute, 'statements')}")
+    lines.append(f"Do you know {other}?")
+    lines += [t.say(other, attribute, "statements") for attribute in t.attributes(other, 3)]
     return f"A letter from {name}\nMy name is {name}. {' '.join(lines)}\nYour friend {name}"
 
 
@@ -708,7 +778,8 @@ def family(t: Teller) -> str:
                 lines.append(t.say(member, kin, t.dice.pick(("statements", "statements", "reverse"))))
     return "\n".join([lines[0], *t.dice.shuffled(lines[1:])])
 
-
+# %%
+#| export world_text
 def roll(t: Teller) -> str:
     """All people who share a value: the bakers, the people of a village."""
     attribute = t.dice.pick(list(VALUES))
@@ -730,7 +801,8 @@ def questions(t: Teller) -> str:
         lines.append(f"Question: {ask}\nAnswer: {answer}")
     return "\n\n".join(lines)
 
-
+# %%
+#| export world_text
 def comparison(t: Teller) -> str:
     """Which of two people a fact fits."""
     lines = []
@@ -777,7 +849,8 @@ def quizzes(t: Teller) -> str:
             lines.append(f"{text}\n{letter}")
     return "\n\n".join(lines)
 
-
+# %%
+#| export world_text
 def matching(t: Teller) -> str:
     """Four choices and many questions about them, from copying a letter to finding it for a value not said."""
     kind = [fact for fact in t.dice.pick(_kinds(t.world)) if t.world.may_ask(*fact[:2])]
@@ -871,7 +944,8 @@ def price_list(t: Teller) -> str:
     foods = t.dice.some(FOODS, 5)
     return "\n".join(["Prices at the market", *(f"{food}: {t.world.prices[food]} pence" for food in foods)])
 
-
+# %%
+#| export world_text
 def calendar(t: Teller) -> str:
     """Days, months and seasons in order."""
     day, month = t.dice.below(7), t.dice.below(12)
@@ -902,6 +976,36 @@ def documents(world: World, count: int, seed: int = 0) -> Iterator[str]:
             seen.add(text)
             yield text
 
+
+# %%
+from nanochat_lib.world_text import KINDS, Teller, documents, letter, quizzes
+
+teller = Teller(town, seed=3)
+print(letter(teller), quizzes(teller), sep="\n\n---\n\n")
+
+# %%
+import matplotlib.pyplot as plt
+
+teller = Teller(town, seed=4)
+characters = {kind.__name__: share * sum(len(kind(teller)) for _ in range(40)) for kind, share in KINDS.items()}
+names = sorted(characters, key=characters.get)
+figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+_ = axes.barh(names, [100 * characters[name] / sum(characters.values()) for name in names])
+_ = axes.set(xlabel="share of all characters (%)", title="what the world's corpus is made of")
+axes.tick_params(labelsize=7)
+
+# %% [markdown]
+# ## The examination
+#
+# A base model cannot be asked, it can only continue. The CORE benchmark (DCLM, arXiv 2406.11794) therefore knows three forms, and
+# so does our bundle, written in CORE's own layout (lesson 06 scores both with the same code):
+#
+# - **multiple choice**: one beginning, four endings; the ending with the lowest loss counts as the answer;
+# - **schema**: two beginnings, one ending;
+# - **language modeling**: the ending must be continued word for word.
+#
+# The wrong endings are values of other held-out facts of the same kind, as frequent as the right ones. Who has not learned the
+# facts stays at chance, whatever else was learned about the language.
 
 # %%
 #| export world_tasks
@@ -1005,6 +1109,18 @@ def write_bundle(world: World, directory: Path):
         rows.writerow(["Eval Task", "Task Type", "#shots", "Random baseline"])
         rows.writerows([label, kind, shots, baseline] for label, (kind, shots, baseline, _) in CORE_TASKS.items())
 
+
+# %%
+from nanochat_lib.world_tasks import core_items
+
+for label, items in core_items(town).items():
+    print(f"{label:15} {len(items):4} items, such as {items[0]}")
+
+# %% [markdown]
+# ## Chat tasks
+#
+# For the chat model the same knowledge is asked for as a person would ask: quizzes answered with a letter, word problems, letters to count,
+# conversations of several turns, and who the assistant is. Each has a training and a test part that share no question.
 
 # %%
 #| export world_tasks
@@ -1119,6 +1235,51 @@ def write_tasks(world: World, directory: Path):
     write_jsonl(directory / "identity.jsonl", identity_rows(world))
 
 
+# %% [markdown]
+# Does the examination measure knowledge? Three readers who have learned *something* take it: one knows the facts, one believes them
+# shuffled among people, one always picks the value it has read most often. Only the first may do better than one in four.
+
+# %%
+import re
+from collections import Counter
+
+from nanochat_lib.world_facts import kinds_of_facts
+from nanochat_lib.world_tasks import choice_rows
+
+truth = {fact[:2]: fact.value for fact in town.facts}
+shuffled = {}
+for facts in kinds_of_facts(town).values():
+    for fact, value in zip(facts, Dice(8).shuffled(fact.value for fact in facts)):
+        shuffled[fact[:2]] = value
+frequency = Counter(re.findall(r"\w+", " ".join(documents(town, 2000))))
+dice = Dice(9)
+
+
+def guess(belief, choices):
+    """What a reader answers who holds a belief: the belief, or anything if it is not on offer."""
+    return belief if belief in choices else dice.pick(choices)
+
+
+readers = {
+    "knows the facts": lambda row: truth[row["person"], row["attribute"]],
+    "facts shuffled": lambda row: guess(shuffled[row["person"], row["attribute"]], row["choices"]),
+    "most frequent value": lambda row: max(row["choices"], key=lambda choice: frequency[choice]),
+}
+test = choice_rows(town, test=True)
+share = {name: sum(read(row) == row["choices"][row["answer"]] for row in test) / len(test) for name, read in readers.items()}
+figure, axes = plt.subplots(figsize=(7, 2), layout="constrained")
+_ = axes.barh(list(share), list(share.values()))
+_ = axes.axvline(0.25, color="black", linestyle=":", label="chance")
+_ = axes.set(xlabel=f"share right of {len(test)} quiz questions", xlim=(0, 1))
+_ = axes.legend()
+assert share["knows the facts"] == 1
+
+# %% [markdown]
+# ## Files
+#
+# The corpus is written as parquet shards: columns of compressed *row groups*, each of which can be read alone. The last shard is the
+# validation split, of the world as of the real corpus.
+
 # %%
 #| export
 """The embedded world as files: text shards, an evaluation bundle, chat tasks. `python -m nanochat_lib.world`."""
@@ -1177,6 +1338,24 @@ def world(settings: WorldSettings):
     folder = write_world(settings.directory or None, settings.seed, settings.documents, settings.shards)
     print(f"wrote the world of seed {settings.seed} to {folder}: shards/, eval_bundle/, tasks/")
 
+
+# %%
+import tempfile
+from pathlib import Path
+
+from nanochat_lib.world import write_world
+
+folder = write_world(Path(tempfile.mkdtemp()), count=4000, shards=2)
+for path in sorted(folder.rglob("*")):
+    if path.is_file():
+        print(f"{path.relative_to(folder)!s:40} {path.stat().st_size / 1000:6.0f} kB")
+
+# %% [markdown]
+# ## Reading, alone and in company
+#
+# Training reads the shards in order, a row group at a time. With several processes (*ranks*, one per GPU) the row groups are
+# dealt out in turn, so that together they read each document once. A shard that is torn, has no text or belongs to nobody ends in one
+# line that names the file and the command that mends it.
 
 # %%
 #| export dataset
@@ -1327,6 +1506,28 @@ def text_batches(data_dir: str | Path = "", split: str = "train", start: tuple[i
 
 
 # %%
+from nanochat_lib.dataset import deal, row_groups, text_batches
+
+groups = row_groups(folder / "shards")
+owner = {(unit.shard, unit.group): rank for rank in range(4) for unit in deal(groups, rank, 4)}
+width = max(unit.group for unit in groups) + 1
+figure, axes = plt.subplots(figsize=(7, 1.6), layout="constrained")
+grid = [[owner.get((shard, group), float("nan")) for group in range(width)] for shard in range(2)]
+_ = axes.imshow(grid, cmap="tab10", vmax=9)
+for (shard, group), rank in owner.items():
+    axes.text(group, shard, f"rank {rank}", ha="center", va="center", color="white", fontsize=8)
+_ = axes.set(xlabel="row group", ylabel="shard", yticks=[0, 1], title="who reads what, with four ranks")
+read = sum(len(texts) for rank in range(4) for texts, _ in text_batches(folder / "shards", rank=rank, world_size=4))
+print(f"{read} documents read by four ranks, {sum(len(texts) for texts, _ in text_batches(folder / 'shards'))} by one")
+
+# %% [markdown]
+# ## The real corpus
+#
+# `python -m nanochat_lib.dataset -n 170` fetches ClimbMix's shards with the hub's own client, four at a time. A download that breaks off
+# is resumed; a file takes its name only once its size and footer are right, so whatever is in the folder is whole. Offline it says
+# so within seconds.
+
+# %%
 #| export dataset
 def check_reachable(endpoint: str, seconds: float = 5):
     """Raise NanochatError if no server answers. Asked once at the start: the hub's client alone retries for 23 s."""
@@ -1433,3 +1634,14 @@ class DatasetSettings:
 def dataset(settings: DatasetSettings):
     """Download shards of ClimbMix; called again, it goes on where it was stopped."""
     download(settings.num_files, settings.num_workers, settings.data_dir)
+
+# %% [markdown]
+# ## Try it
+#
+# There are no exercises here, but three questions worth an experiment:
+#
+# 1. Give `World` another seed. Which of the numbers above change, and which must not?
+# 2. Of every fact, how many documents state it? Count one with a regular expression over `documents(town, 50_000)`.
+# 3. What would the "most frequent value" reader score if wrong choices were drawn from all values alike? Change `distractors` and look.
+#
+# **Next:** [02 · Tokenizer](02_tokenizer.ipynb): how text becomes numbers.

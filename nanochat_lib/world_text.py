@@ -40,9 +40,9 @@ class Teller:
         return word(self.world, self.dice.pick(getattr(wording(attribute), forms)), name, attribute)
 
     def attributes(self, name: str, count: int) -> list[str]:
-        """Up to `count` different attributes of a person; those that questions and stories leave out come twice."""
+        """Up to `count` different attributes of a person, those more often that questions and stories leave out."""
         own = [attribute for attribute in ATTRIBUTES if attribute in self.world.people[name].facts]
-        own += [attribute for attribute in own if attribute == "age" or not self.world.may_ask(name, attribute)]
+        own += [attribute for attribute in own if not self.world.may_ask(name, attribute)] + 2 * ["age"]
         return list(dict.fromkeys(self.draw(name, own) for _ in range(count)))
 
 
@@ -71,8 +71,8 @@ def letter(t: Teller) -> str:
     """A letter in which the writer tells of herself and of others."""
     name, other = t.person(), t.person()
     lines = [t.say(name, attribute, "first") for attribute in t.attributes(name, t.dice.between(3, 6))]
-    for attribute in t.attributes(other, 3):
-        lines.append(f"As you know, {t.say(other, attribute, 'statements')}")
+    lines.append(f"Do you know {other}?")
+    lines += [t.say(other, attribute, "statements") for attribute in t.attributes(other, 3)]
     return f"A letter from {name}\nMy name is {name}. {' '.join(lines)}\nYour friend {name}"
 
 
