@@ -17,8 +17,8 @@
 #
 # A base model continues documents. Asked a question it may well add another question, for that is what documents do.
 # Supervised fine-tuning (SFT) goes on training it, on conversations, and only on the words of the assistant.
-# This lesson says what such a conversation is, where it comes from, how conversations become batches without waste, and how
-# the chat model is graded.
+# This lesson says what such a conversation is, where it comes from, how conversations become batches without waste,
+# and how the chat model is graded.
 
 # %%
 #| default_exp tasks/common
@@ -27,9 +27,9 @@
 # ## What a task is
 #
 # Training data and exams have one form. A task is a list of conversations; item `i` is
-# `{"messages": [{"role", "content"}, …]}`, whose last message is the answer to be learned. A task that can be graded says how:
-# *categorical* (which of a few letters is likelier) or *generative* (let it write, then judge what it wrote), and a
-# `reward` for reinforcement learning (lesson 10). A slice of a task is a task.
+# `{"messages": [{"role", "content"}, …]}`, whose last message is the answer to be learned. A task that can be
+# graded says how: *categorical* (which of a few letters is likelier) or *generative* (let it write, then judge what it
+# wrote), and it has a `reward` for reinforcement learning (lesson 10). A slice of a task is a task.
 
 # %%
 #| export
@@ -171,8 +171,8 @@ print(fault_of({"messages": turns[:1]}))
 # %% [markdown]
 # ## Rows from a file or from the hub
 #
-# The public sets live on the Hugging Face hub. The same classes read a local folder in the same format, and without a network the
-# reader learns so within seconds (left alone, the hub's client tries for half a minute and then speaks of sockets).
+# The public sets live on the Hugging Face hub. The same classes read a local folder in the same format, and without
+# a network the reader learns so within seconds (left alone, the hub's client tries for half a minute).
 
 # %%
 #| export
@@ -198,7 +198,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def find_files(folder: Path, split: str, config: str = "") -> list[Path]:
-    """The files of a split in a folder laid out as on the hub or flat: train.jsonl, data/train-00000-of-00002.parquet."""
+    """The files of a split, in a folder as on the hub or flat: train.jsonl, data/train-00000-of-00002.parquet."""
     name = re.compile(rf"({split})(-\d+-of-\d+)?\.(jsonl|parquet)")
     for place in (folder / config, folder / "data" / config, folder / "data", folder):
         if files := sorted(path for path in place.glob("*") if name.fullmatch(path.name)):
@@ -232,8 +232,9 @@ def hub_rows(name: str, repo: str, split: str, config: str = "") -> Sequence[dic
         return datasets.load_dataset(repo, config or None, split=split)
     except Exception as error:  # the client raises a dozen kinds
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise NanochatError(f"cannot load {repo} ({config or 'default'}, {split}) from the hub or its cache ({reason}): go "
-                            f"online, or give --task-data DIR with {split}.jsonl or parquet files in DIR/{name}") from None
+        raise NanochatError(f"cannot load {repo} ({config or 'default'}, {split}) from the hub or its cache "
+                            f"({reason}): go online, or give --task-data DIR with {split}.jsonl or parquet files in "
+                            f"DIR/{name}") from None
 
 
 def load_rows(name: str, repo: str, split: str, config: str = "", data: str = "", files: str = "") -> Sequence[dict]:
@@ -244,8 +245,8 @@ def load_rows(name: str, repo: str, split: str, config: str = "", data: str = ""
     folder = Path(data) / name
     found = find_files(folder, files or split, config)
     if not found:
-        raise NanochatError(f"no {split}.jsonl or {split}-*.parquet in {folder}: put the files of {repo} there, or leave "
-                            "--task-data away to fetch them")
+        raise NanochatError(f"no {split}.jsonl or {split}-*.parquet in {folder}: put the files of {repo} there, or "
+                            "leave --task-data away to fetch them")
     if found[0].suffix == ".jsonl":
         return [row for path in found for row in read_jsonl(path)]
     import datasets
@@ -286,8 +287,8 @@ print(quiz["messages"][0]["content"])
 # %% [markdown]
 # ## Word problems and the calculator
 #
-# GSM8K's answers mark each calculation as `<<12/60=0.2>>`. That becomes a *python* part `12/60`, which the assistant must
-# learn to write, and a *python_output* part `0.2`, which the calculator writes and nobody needs to learn (lesson 08).
+# GSM8K's answers mark each calculation as `<<12/60=0.2>>`. That becomes a *python* part `12/60`, which the assistant
+# must learn to write, and a *python_output* part `0.2`, which the calculator writes and nobody learns (lesson 08).
 
 # %%
 #| export tasks/gsm8k
@@ -361,7 +362,7 @@ LETTERS = "ABCD"
 
 
 class MMLU(ChoiceTask):
-    """Rows of question, choices and the right choice's index; `split` is auxiliary_train (99,842), validation or test."""
+    """Rows of question, choices and the right one's index; `split` is auxiliary_train (99,842), validation or test."""
 
     def __init__(self, split: str = "auxiliary_train", data: str = ""):
         super().__init__(load_rows("mmlu", "cais/mmlu", split, "all", data), shuffle=True)
@@ -420,7 +421,7 @@ from nanochat_lib.tasks.common import Task, fault_of, numbered_jsonl
 
 
 def checked(path: Path) -> list[dict]:
-    """The conversations of a file, if all are sound; else NanochatError with file, line and reason of the first fault."""
+    """The conversations of a file, if all are sound; else NanochatError with file, line and reason."""
     rows, faults = [], []
     for number, value in numbered_jsonl(path):
         row = {"messages": value} if isinstance(value, list) else value
@@ -508,8 +509,8 @@ def words_in(texts: Iterable[str], split: str) -> list[str]:
 # %% [markdown]
 # ## Code, run
 #
-# HumanEval asks for a Python function and judges it by running its tests. Running what a model wrote wants care: a process of
-# its own, little memory, little time, and no way to pass by leaving early.
+# HumanEval asks for a Python function and judges it by running its tests. Running what a model wrote wants care: a
+# process of its own, little memory, little time, and no way to pass by leaving early.
 
 # %%
 #| export tasks/execution
@@ -564,10 +565,10 @@ def end(process: subprocess.Popen) -> None:
 def run_program(program: str, timeout: float = 5.0, memory: int = 1024) -> str:
     """Run a Python program to its last line; "" if it got there, else why not ("timeout", or the error's last line).
 
-    `timeout` in seconds of wall clock, `memory` in MiB. The program has a temporary folder, an empty environment, no input,
-    and limits on memory, processor time, file size and open files. **This is a fence, not a prison**: it keeps
-    honest but wrong programs from harming; network and file system stay open to a malicious one. Run models you do not
-    trust in a container.
+    `timeout` in seconds of wall clock, `memory` in MiB. The program has a temporary folder, an empty environment, no
+    input, and limits on memory, processor time, file size and open files; its children are killed with it. **This is a
+    fence, not a prison**: it keeps honest but wrong programs from doing harm; network and file system stay open to a
+    malicious one. Run models you do not trust in a container.
     """
     proof = secrets.token_hex(16)  # printed after the last line: sys.exit(0) on the way does not pass
     with tempfile.TemporaryDirectory() as folder:
@@ -711,8 +712,8 @@ WORLD_TESTS = ("multiple_choice", "letter_counting", "spelling", "word_problems_
 # %% [markdown]
 # ## The mixture
 #
-# What a chat model is shown is what it becomes: talk in plenty, enough quizzes that it learns to bind letters to choices, enough
-# calculator calls that it reaches for the tool. Small sets are repeated a few times.
+# What a chat model is shown is what it becomes: talk in plenty, enough quizzes that it learns to bind letters to
+# choices, enough calculator calls that it reaches for the tool. Small sets are repeated a few times.
 
 # %%
 #| export tasks/registry
@@ -804,8 +805,8 @@ def identity() -> list[Task]:
 def mixture(name: str = "default", data: str = "", mmlu_epochs: int = 3, gsm8k_epochs: int = 4) -> TaskMixture:
     """The conversations SFT trains on. `data` is a folder to read from instead of the hub."""
     if known(name) == "world":
-        repeats = {"multiple_choice": 2, "word_problems_1": 1, "word_problems_2": 1, "letter_counting": 1, "spelling": 2,
-                   "facts": 1, "world_identity": 2}
+        repeats = {"multiple_choice": 2, "word_problems_1": 1, "word_problems_2": 1, "letter_counting": 1,
+                   "spelling": 2, "facts": 1, "world_identity": 2}
         return TaskMixture([task for key, times in repeats.items() for task in [get_task(key, "train", data)] * times])
     return TaskMixture([
         get_task("smoltalk", "train", data),
@@ -833,3 +834,684 @@ from nanochat_lib.tasks.common import Task, TaskMixture, TaskSequence
 from nanochat_lib.tasks.registry import evaluation_tasks, get_task, mixture, validation_mixture
 
 __all__ = ["Task", "TaskMixture", "TaskSequence", "evaluation_tasks", "get_task", "mixture", "validation_mixture"]
+
+# %% [markdown]
+# ## From conversations to batches
+#
+# Rows of a batch have one length, conversations have not. Cropping would tear answers off, so a row is packed best-fit
+# from a buffer of 100 conversations, the longest that fits, again and again, and what no conversation fills is padded
+# with the target −1, which the loss ignores. Every conversation is used once before any is used again.
+
+# %%
+#| export tasks/packing
+"""Batches of conversations: packed best-fit, padded, only the assistant's tokens as targets."""
+
+# %%
+#| export tasks/packing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.dataloader import BestFit
+from nanochat_lib.tasks.common import TaskSequence
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens, cut to the row; `index` is its place in the task."""
+
+    index: int
+    ids: list[int]
+    mask: list[int]
+    cut: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+# %%
+#| export tasks/packing
+class ConversationLoader:
+    """Endless batches (inputs, targets), each (batch_size, seq_len) int64, of this rank's share of a task.
+
+    Targets are −1 on all that the assistant need not learn and on padding; every row holds at least one target.
+    Conversations of more than seq_len + 1 tokens are cut, and those left without a target dropped: `cut` and `dropped`
+    count them. `state` is what `state()` gave, or the list of all ranks' states, also of another number of ranks.
+    """
+
+    def __init__(self, tokenizer: Any, task: TaskSequence, batch_size: int, seq_len: int, rank: int = 0,
+                 world_size: int = 1, device: torch.device | str = "cpu", buffer_size: int = 100,
+                 state: dict | Sequence[dict] | None = None):
+        if len(task) < world_size:
+            raise NanochatError(f"{len(task)} conversations for {world_size} processes: give more, or start fewer")
+        self.tokenizer, self.task, self.device = tokenizer, task, device
+        self.batch_size, self.capacity, self.buffer_size = batch_size, seq_len + 1, buffer_size
+        self.rank, self.world_size = rank, world_size
+        self.share: Sequence[int] = range(rank, len(task), world_size)
+        self.buffer, self.epoch, self.cursor, self.cut, self.dropped = BestFit(), 0, 0, 0, 0
+        if state:
+            self.go_to(state)
+
+    def state(self) -> dict[str, Any]:
+        """Where the loader stands; a loader made with it goes on exactly there."""
+        share = None if isinstance(self.share, range) else self.share
+        return {"epoch": self.epoch, "cursor": self.cursor, "cut": self.cut, "dropped": self.dropped, "share": share,
+                "buffer": [rendered.index for _, rendered in sorted(self.buffer.documents.items())]}
+
+    def go_to(self, state: dict | Sequence[dict]) -> None:
+        """Stand where a state says; what another number of ranks had left of a pass is dealt anew."""
+        if isinstance(state, dict) or len(state) == self.world_size:
+            state = state if isinstance(state, dict) else state[self.rank]
+            self.share = state["share"] or self.share
+            for index in state["buffer"]:
+                self.buffer.add(self.render(index))
+            self.epoch, self.cursor = state["epoch"], state["cursor"]
+            self.cut, self.dropped = state["cut"], state["dropped"]
+            return
+        self.epoch, left = min(old["epoch"] for old in state), []
+        for rank, old in enumerate(state):
+            if old["epoch"] == self.epoch:
+                share = old["share"] or range(rank, len(self.task), len(state))
+                left += [*old["buffer"], *share[old["cursor"]:]]
+        self.share = sorted(left)[self.rank::self.world_size]
+        if self.rank == 0:
+            self.cut, self.dropped = sum(old["cut"] for old in state), sum(old["dropped"] for old in state)
+
+    @property
+    def passes(self) -> float:
+        """Passes over the share so far; 1 exactly when each of its conversations has been packed once."""
+        left = len(self.share) - self.cursor + len(self.buffer)
+        return self.epoch + 1 - left * self.world_size / len(self.task) if left else self.epoch + 1
+
+    def render(self, index: int) -> Rendered:
+        ids, mask = self.tokenizer.render_conversation(self.task[index], max_tokens=self.capacity + 1)
+        return Rendered(index, ids[:self.capacity], mask[:self.capacity], len(ids) > self.capacity)
+
+    def fill(self) -> None:
+        """Keep `buffer_size` conversations waiting, as long as this pass has more."""
+        while len(self.buffer) < self.buffer_size and self.cursor < len(self.share):
+            rendered = self.render(self.share[self.cursor])
+            learns = any(rendered.mask[1:])
+            if learns:
+                self.buffer.add(rendered)
+            self.cut += self.epoch == 0 and rendered.cut
+            self.dropped += self.epoch == 0 and not learns
+            self.cursor += 1
+
+    def row(self) -> tuple[list[int], list[int]]:
+        """One packed row: ids and mask of seq_len + 1 tokens. No row holds parts of two passes."""
+        self.fill()
+        if not len(self.buffer):
+            self.epoch, self.cursor, self.share = self.epoch + 1, 0, range(self.rank, len(self.task), self.world_size)
+            self.fill()
+            if not len(self.buffer):
+                raise NanochatError(f"no conversation has a word of the assistant within {self.capacity} tokens: "
+                                    "give shorter conversations or a larger --max-seq-len")
+        ids, mask = [], []
+        while (found := self.buffer.take(self.capacity - len(ids), crop=False)) is not None:
+            ids, mask = ids + found.ids, mask + found.mask
+            self.fill()
+        padding = self.capacity - len(ids)
+        return ids + padding * [self.tokenizer.get_bos_token_id()], mask + padding * [0]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [self.row() for _ in range(self.batch_size)]
+        ids, mask = (torch.tensor(part, device=self.device) for part in zip(*rows))
+        return ids[:, :-1].contiguous(), torch.where(mask[:, 1:] == 1, ids[:, 1:], -1)
+
+# %%
+#| export tasks/packing
+def one_pass(loader: ConversationLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches until every conversation has been seen once."""
+    while loader.passes < 1:
+        yield next(loader)
+
+# %% [markdown]
+# ## Grading
+#
+# A categorical question costs one forward pass: after `<|assistant_start|>`, which of the letters has the highest
+# logit? Only the letters compete, so that a model that would rather say something else is still graded on what it knows.
+# Generative questions of all tasks go through the engine in one continuously refilled batch. Ranks share the questions.
+#
+# Tasks differ in what guessing earns; *ChatCORE* is the mean of (a − b)/(1 − b), accuracy centred on the guess.
+
+# %%
+#| export tasks/evaluate
+"""Grades a chat model: letters by their logits, answers by generation, questions shared by all ranks."""
+
+# %%
+#| export tasks/evaluate
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nanochat_lib.checkpoint import gather
+from nanochat_lib.common import NanochatError, Runtime
+from nanochat_lib.engine import Engine
+from nanochat_lib.evaluation import Row, score_rows
+from nanochat_lib.tasks.common import Task
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, what the model said (once or more often), and what was right."""
+
+    task: str
+    index: int
+    question: str
+    expected: str
+    answers: list[str]
+    right: list[bool]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked."""
+
+    temperature: float = 0.0
+    top_k: int | None = 50
+    max_new_tokens: int = 512
+    num_samples: int = 1
+    batch_size: int = 8  # of categorical questions
+    seed: int = 42
+
+# %%
+#| export tasks/evaluate
+@torch.inference_mode()
+def choose_letters(model: Any, tokenizer: Any, conversations: list[dict], batch_size: int = 8) -> list[str]:
+    """For each categorical conversation the letter the model thinks likeliest at the answer's position."""
+    context, device = model.config.sequence_len, next(model.parameters()).device
+    prompts = [tokenizer.render_for_completion(conversation)[-context:] for conversation in conversations]
+    letters = [[tokenizer.encode(letter) for letter in conversation["letters"]] for conversation in conversations]
+    chosen = [""] * len(prompts)
+    simple = [i for i in range(len(prompts)) if all(len(ids) == 1 for ids in letters[i])]
+    simple.sort(key=lambda i: len(prompts[i]))  # batches of like length waste little on padding
+    for start in range(0, len(simple), batch_size):
+        batch = simple[start:start + batch_size]
+        width = len(prompts[batch[-1]])
+        padded = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in batch], device=device)
+        logits = model(padded)  # (B, T, vocab); what stands to the right of a prompt cannot change it
+        for row, i in enumerate(batch):
+            scores = logits[row, len(prompts[i]) - 1, [ids[0] for ids in letters[i]]]
+            chosen[i] = conversations[i]["letters"][int(scores.argmax())]
+    for i in set(range(len(prompts))) - set(simple):  # a letter of several tokens: compare whole probabilities
+        whole = [[*prompts[i], *ids][-context - 1:] for ids in letters[i]]
+        rows = [Row(ids, len(ids) - len(letter), len(ids)) for ids, letter in zip(whole, letters[i])]
+        nats = [loss * (row.end - row.start) for row, (loss, _) in zip(rows, score_rows(model, rows, device, 2**16))]
+        chosen[i] = conversations[i]["letters"][nats.index(min(nats))]
+    return chosen
+
+# %%
+#| export tasks/evaluate
+def text_of(content: str | list[dict]) -> str:
+    """An answer as a reader sees it; calculator calls between « »."""
+    if isinstance(content, str):
+        return content
+    marks = {"text": "{}", "python": "«{}", "python_output": "={}»"}
+    return "".join(marks[part["type"]].format(part["text"]) for part in content)
+
+
+def record(name: str, index: int, conversation: dict, answers: list[str], right: list[bool]) -> Answer:
+    *_, question, expected = conversation["messages"]
+    return Answer(name, index, question["content"], text_of(expected["content"]), answers, right)
+
+
+def ask(model: Any, tokenizer: Any, tasks: dict[str, Task], asking: Asking, runtime: Runtime,
+        progress: bool = False) -> list[Answer]:
+    """Ask every question of every task once; the answers of all ranks, in order, on every rank."""
+    for name, task in tasks.items():
+        if task.eval_type not in ("categorical", "generative"):
+            raise NanochatError(f"task {name} cannot be graded: its eval_type is {task.eval_type!r}")
+    mine = [(name, i) for name, task in tasks.items() for i in range(len(task))][runtime.rank::runtime.world_size]
+    found = {pair: tasks[pair[0]][pair[1]] for pair in mine}
+    answers = []
+    lettered = [pair for pair in mine if tasks[pair[0]].eval_type == "categorical"]
+    letters = choose_letters(model, tokenizer, [found[pair] for pair in lettered], asking.batch_size)
+    for pair, letter in zip(lettered, letters):
+        right = tasks[pair[0]].evaluate(found[pair], letter)
+        answers.append(record(*pair, found[pair], [letter], [bool(right)]))
+    written = [pair for pair in mine if tasks[pair[0]].eval_type == "generative"]
+    completions = Engine(model, tokenizer).generate_many(
+        [tokenizer.render_for_completion(found[pair]) for pair in written], asking.num_samples, asking.max_new_tokens,
+        asking.temperature, asking.top_k, asking.seed, progress=progress)
+    for pair, samples in zip(written, completions):
+        texts = [tokenizer.decode(sample.tokens) for sample in samples]
+        right = [bool(tasks[pair[0]].evaluate(found[pair], text)) for text in texts]
+        answers.append(record(*pair, found[pair], texts, right))
+    order = {name: place for place, name in enumerate(tasks)}
+    return sorted((answer for part in gather(answers) for answer in part), key=lambda a: (order[a.task], a.index))
+
+# %%
+#| export tasks/evaluate
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Chance that one of k answers drawn from `samples`, of which `right` are right, is right (arXiv 2107.03374)."""
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def grade(tasks: dict[str, Task], answers: list[Answer]) -> dict[str, Any]:
+    """{"tasks": {name: accuracy}, "centered", "chance", "counts", "chatcore", "pass_at_k": {name: [k=1, 2, …]}}.
+
+    With several samples an answer counts as right if any of them is.
+    """
+    by_task = {name: [answer.right for answer in answers if answer.task == name] for name in tasks}
+    by_task = {name: rights for name, rights in by_task.items() if rights}
+    accuracy = {name: sum(map(any, rights)) / len(rights) for name, rights in by_task.items()}
+    chance = {name: tasks[name].baseline for name in by_task}
+    centered = {name: (accuracy[name] - chance[name]) / (1 - chance[name]) for name in by_task}
+    curves = {name: [sum(pass_at_k(len(right), sum(right), k) for right in rights) / len(rights)
+                     for k in range(1, len(rights[0]) + 1)] for name, rights in by_task.items() if len(rights[0]) > 1}
+    return {"tasks": accuracy, "centered": centered, "chance": chance,
+            "counts": {name: len(rights) for name, rights in by_task.items()},
+            "chatcore": sum(centered.values()) / len(centered) if centered else 0.0, "pass_at_k": curves}
+
+
+def evaluate_chat(model: Any, tokenizer: Any, tasks: dict[str, Task], asking: Asking, runtime: Runtime,
+                  progress: bool = False) -> tuple[dict[str, Any], list[dict]]:
+    """Grades and all answers (as dicts) of a chat model on some tasks; every rank must call it."""
+    training = model.training
+    model.eval()
+    answers = ask(model, tokenizer, tasks, asking, runtime, progress)
+    model.train(training)
+    return grade(tasks, answers), [asdict(answer) for answer in answers]
+
+# %% [markdown]
+# ## The command `chat_eval`
+
+# %%
+#| export scripts/chat_eval
+"""Grades a chat model task by task; every answer is kept for reading."""
+
+# %%
+#| export scripts/chat_eval
+import csv
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from nanochat_lib.checkpoint import load_model, write_result
+from nanochat_lib.common import NanochatError, base_dir, print0, run_cli, start, write_aside
+from nanochat_lib.tasks import Task, evaluation_tasks, get_task
+from nanochat_lib.tasks.evaluate import Asking, evaluate_chat
+
+
+def flag(letter: str) -> Any:
+    return tyro.conf.arg(aliases=[f"-{letter}"])
+
+# %%
+#| export scripts/chat_eval
+#| cli chat_eval
+@dataclass
+class ChatEval:
+    """Which model to grade, on what, and how to ask."""
+
+    source: Annotated[Literal["sft", "rl", "base"], flag("i")] = "sft"
+    """the stage whose model is graded"""
+    task_name: Annotated[str, flag("a")] = ""
+    """one task or several joined by |; all of the mixture without it"""
+    temperature: Annotated[float, flag("t")] = 0.0
+    max_new_tokens: Annotated[int, flag("m")] = 512
+    num_samples: Annotated[int, flag("n")] = 1
+    """answers to each question; right if any is (pass@k is reported)"""
+    top_k: Annotated[int, flag("k")] = 50
+    batch_size: Annotated[int, flag("b")] = 8
+    """categorical questions at a time"""
+    model_tag: Annotated[str, flag("g")] = ""
+    step: Annotated[int, flag("s")] = -1
+    max_problems: Annotated[int, flag("x")] = -1
+    """at most so many questions of each task"""
+    device_type: str = ""
+    mixture: Literal["default", "world"] = "default"
+    """whose evaluation tasks"""
+    task_data: str = ""
+    """a folder with the tasks' files, read instead of the hub"""
+
+
+def chosen_tasks(settings: ChatEval) -> dict[str, Task]:
+    """The tasks to ask, {name: task}, cut to max_problems."""
+    if settings.task_name:
+        tasks = {name: get_task(name, "test", settings.task_data) for name in settings.task_name.split("|")}
+    else:
+        tasks = evaluation_tasks(settings.mixture, settings.task_data)
+    return {name: task[:settings.max_problems] if settings.max_problems > 0 else task for name, task in tasks.items()}
+
+# %%
+#| export scripts/chat_eval
+def table_of(grades: dict[str, Any]) -> list[list[Any]]:
+    """Header and rows: task, questions, accuracy, chance, centred."""
+    rows = [[name, grades["counts"][name], round(grades["tasks"][name], 4), grades["chance"][name],
+             round(grades["centered"][name], 4)] for name in grades["tasks"]]
+    return [["task", "questions", "accuracy", "chance", "centred"], *rows]
+
+
+def write_grades(source: str, grades: dict[str, Any], answers: list[dict], **more: Any) -> Path:
+    """report/result_chat_eval_{source}.json, chat_eval_{source}.csv and answers_{source}.jsonl; returns the last."""
+    folder = base_dir() / "report"
+    with write_aside(folder / f"answers_{source}.jsonl") as aside:
+        aside.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    with write_aside(folder / f"chat_eval_{source}.csv") as aside, open(aside, "w", newline="") as file:
+        csv.writer(file).writerows(table_of(grades))
+    write_result(f"chat_eval_{source}", **grades, **more)
+    return folder / f"answers_{source}.jsonl"
+
+
+def chat_eval(settings: ChatEval) -> None:
+    """Grade a chat model; prints a table, and keeps grades and answers under report/."""
+    if settings.num_samples < 1 or settings.max_new_tokens < 1 or settings.batch_size < 1:
+        raise NanochatError("--num-samples, --max-new-tokens and --batch-size are at least 1")
+    runtime = start(settings.device_type)
+    tasks = chosen_tasks(settings)
+    model, tokenizer, meta = load_model(settings.source, runtime.device, "eval", settings.model_tag or None,
+                                        settings.step if settings.step >= 0 else None)
+    asking = Asking(settings.temperature, settings.top_k or None, settings.max_new_tokens, settings.num_samples,
+                    settings.batch_size)
+    began = time.perf_counter()
+    grades, answers = evaluate_chat(model, tokenizer, tasks, asking, runtime, progress=True)
+    seconds = round(time.perf_counter() - began, 1)
+    for name, *numbers in table_of(grades):
+        print0(f"{name:18}" + "".join(f"{number:>11}" for number in numbers))
+    print0(f"ChatCORE {grades['chatcore']:.4f}, {len(answers)} questions in {seconds} s")
+    if runtime.is_main:
+        path = write_grades(settings.source, grades, answers, step=meta["step"], seconds=seconds)
+        print0(f"every answer: {path}")
+
+# %% [markdown]
+# ## The command `chat_sft`
+#
+# Everything the base run chose is inherited from its checkpoint: context, batch, rates, and the optimizer's momenta, so
+# that the first step already knows which way is down. Rates start at 0.8 of the base run's and fall to zero over the
+# second half.
+#
+# One detail: the mean loss is over all targets of a step, on all ranks and in all micro-batches. A mean of the batches'
+# means would let a target count for more where it has few neighbours.
+
+# %%
+#| export scripts/chat_sft
+"""Supervised fine-tuning: goes on training the base model, on conversations, and only on the assistant's words."""
+
+# %%
+#| export scripts/chat_sft
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gather, load_model, load_optimizer,
+                                     prepare_directory, read_meta, save_checkpoint, steps_in, write_result)
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, all_reduce_sum, print0, progress, run_cli, start)
+from nanochat_lib.evaluation import evaluate_bpb
+from nanochat_lib.scaling import REFERENCE_BATCH
+from nanochat_lib.tasks import Task, TaskMixture, evaluation_tasks, mixture, validation_mixture
+from nanochat_lib.tasks.customjson import CustomJSON
+from nanochat_lib.tasks.evaluate import Asking, evaluate_chat
+from nanochat_lib.tasks.packing import ConversationLoader, one_pass
+
+# %%
+#| export scripts/chat_sft
+#| cli chat_sft
+@dataclass
+class ChatSFT:
+    """Settings of a fine-tuning run; -1 is inherited from the base model's run where the text says so."""
+
+    run: str = "dummy"
+    """name at Weights & Biases; dummy: none"""
+    device_type: str = ""
+    model_tag: str = ""
+    """the base model to start from; the deepest without it"""
+    model_step: int = -1
+    mixture: Literal["default", "world"] = "default"
+    """what to train on and, in between, to be graded on"""
+    data: str = ""
+    """a JSON-lines file of conversations to train on instead of the mixture"""
+    task_data: str = ""
+    """a folder with the tasks' files, read instead of the hub"""
+    load_optimizer: int = 1
+    """1: carry the base run's momenta over"""
+    num_iterations: int = -1
+    """steps; -1: one pass over the conversations"""
+    max_seq_len: int = -1
+    """context; -1: inherited"""
+    device_batch_size: int = -1
+    """rows per process and forward pass; -1: inherited"""
+    total_batch_size: int = -1
+    """tokens per step; -1: inherited"""
+    embedding_lr: float = -1
+    """-1: inherited, as the next two"""
+    unembedding_lr: float = -1
+    matrix_lr: float = -1
+    init_lr_frac: float = 0.8
+    """rates start at so much of the base run's"""
+    warmup_ratio: float = 0.0
+    warmdown_ratio: float = 0.5
+    final_lr_frac: float = 0.0
+    eval_every: int = 200
+    """steps between validations; -1: only at the end"""
+    eval_tokens: int = 20_971_520
+    chatcore_every: int = 200
+    """steps between gradings; -1: never"""
+    chatcore_max_cat: int = -1
+    chatcore_max_sample: int = 24
+    mmlu_epochs: int = 3
+    gsm8k_epochs: int = 4
+    save_every: int = 200
+    """steps between checkpoints; -1: only at the end"""
+    resume: bool = False
+    """go on from this model's newest SFT checkpoint, if there is one"""
+
+# %%
+#| export scripts/chat_sft
+INHERITED = ("max_seq_len", "device_batch_size", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr")
+
+
+def inherit(settings: ChatSFT, meta: dict[str, Any]) -> ChatSFT:
+    """The settings with every inherited one filled in; a context longer than the model's is an error."""
+    base = {**meta["settings"], "max_seq_len": meta["model_config"]["sequence_len"]}
+    settings = replace(settings, **{name: base[name] for name in INHERITED if getattr(settings, name) <= 0})
+    if settings.max_seq_len > base["max_seq_len"]:
+        raise NanochatError(f"--max-seq-len {settings.max_seq_len} is more than the base model's {base['max_seq_len']}")
+    return settings
+
+
+def accumulation(settings: ChatSFT, world_size: int) -> tuple[int, int]:
+    """(rows per forward pass, forward passes per step and process) that make total_batch_size tokens a step."""
+    rows, left = divmod(settings.total_batch_size, settings.max_seq_len * world_size)
+    if left or not rows:
+        raise NanochatError(f"--total-batch-size {settings.total_batch_size} is no multiple of {settings.max_seq_len} "
+                            f"tokens a row × {world_size} processes: give one that is")
+    batch = max(size for size in range(1, min(rows, settings.device_batch_size) + 1) if rows % size == 0)
+    return batch, rows // batch
+
+
+def rate_at(share: float, settings: ChatSFT) -> float:
+    """Factor on every rate when `share` (0…1) of the run is done: up, flat, down in a straight line."""
+    if share < settings.warmup_ratio:
+        return share / settings.warmup_ratio
+    if share <= 1 - settings.warmdown_ratio:
+        return 1.0
+    left = (1 - share) / settings.warmdown_ratio
+    return left + (1 - left) * settings.final_lr_frac
+
+# %%
+#| export scripts/chat_sft
+def conversations(settings: ChatSFT) -> tuple[TaskMixture, TaskMixture]:
+    """(to train on, to validate on); of one's own conversations one in twenty is held out."""
+    if not settings.data:
+        return (mixture(settings.mixture, settings.task_data, settings.mmlu_epochs, settings.gsm8k_epochs),
+                validation_mixture(settings.mixture, settings.task_data))
+    own = TaskMixture([CustomJSON(settings.data)])
+    held = len(own) // 20
+    if not held:
+        print0(f"{len(own)} conversations are too few to hold any out: validation is on the training conversations")
+        return own, own
+    return own[held:], own[:held]
+
+
+def graded_tasks(settings: ChatSFT) -> dict[str, Task]:
+    """What to grade on during the run; if the tasks cannot be had, that is said and the run goes on without."""
+    if settings.chatcore_every <= 0:
+        return {}
+    try:
+        tasks = evaluation_tasks(settings.mixture, settings.task_data)
+    except NanochatError as error:
+        print0(f"not graded during the run: {error}")
+        return {}
+    most = {"categorical": settings.chatcore_max_cat, "generative": settings.chatcore_max_sample}
+    return {name: task[:most[task.eval_type]] if most[task.eval_type] > 0 else task for name, task in tasks.items()}
+
+
+def validate(model: Any, tokenizer: Any, held: TaskMixture, settings: ChatSFT, batch: int, runtime: Runtime) -> float:
+    """Bits per byte of the assistant's held-out words, over eval_tokens tokens or all there are."""
+    # of fewer conversations than ranks everyone reads all: the quotient stays the same
+    rank, ranks = (runtime.rank, runtime.world_size) if len(held) >= runtime.world_size else (0, 1)
+    batches = one_pass(ConversationLoader(tokenizer, held, batch, settings.max_seq_len, rank, ranks, runtime.device))
+    steps = max(1, math.ceil(settings.eval_tokens / (batch * settings.max_seq_len * ranks)))
+    model.eval()
+    bpb = evaluate_bpb(model, batches, steps, tokenizer.token_bytes().to(runtime.device))
+    model.train()
+    return bpb
+
+# %%
+#| export scripts/chat_sft
+def train_step(model: Any, loader: ConversationLoader, passes: int, runtime: Runtime) -> float:
+    """Gradients of one step over `passes` batches of every rank; returns the mean loss in nats per target."""
+    batches = [next(loader) for _ in range(passes)]
+    count = all_reduce_sum(sum((targets >= 0).sum() for _, targets in batches).float())
+    total = torch.zeros((), device=runtime.device)
+    for inputs, targets in batches:
+        loss = model(inputs, targets, loss_reduction="sum") / count
+        (loss * runtime.world_size).backward()  # the optimizer averages over ranks
+        total += loss.detach()
+    return all_reduce_sum(total).item()
+
+
+def share_done(step: int, loader: ConversationLoader, settings: ChatSFT, runtime: Runtime) -> float:
+    """How much of the run is done, the same on every rank; 1 when all ranks have seen all their conversations."""
+    if settings.num_iterations > 0:
+        return step / settings.num_iterations
+    mine = torch.tensor(min(max(loader.passes, 0.0), 1.0), device=runtime.device)
+    return all_reduce_sum(mine).item() / runtime.world_size
+
+# %%
+#| export scripts/chat_sft
+class Run:
+    """A fine-tuning run under way: model, optimizer, loader, and what has been measured."""
+
+    def __init__(self, settings: ChatSFT, runtime: Runtime):
+        folder, step = find_checkpoint("base", settings.model_tag or None,
+                                       settings.model_step if settings.model_step >= 0 else None)
+        self.runtime, self.directory = runtime, checkpoint_directory("sft", folder.name)
+        self.settings = settings = inherit(settings, read_meta(folder, step))
+        self.train, self.held = conversations(settings)
+        self.tasks = graded_tasks(settings)
+        self.batch, self.passes = accumulation(settings, runtime.world_size)
+        resumed = steps_in(self.directory)[-1] if settings.resume and steps_in(self.directory) else -1
+        prepare_directory(self.directory, runtime, resumed)
+        if resumed >= 0:
+            print0(f"going on from step {resumed} in {self.directory}")
+            self.model, self.tokenizer, meta = load_model("sft", runtime.device, "train", folder.name, resumed)
+        else:
+            self.model, self.tokenizer, meta = load_model("base", runtime.device, "train", folder.name, step)
+        scale = math.sqrt(settings.total_batch_size / REFERENCE_BATCH)  # as the base run scaled them
+        self.optimizer = self.model.setup_optimizer(
+            unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
+            matrix_lr=settings.matrix_lr * scale, weight_decay=0.0)
+        if resumed >= 0 or settings.load_optimizer:
+            load_optimizer(*(self.directory, resumed) if resumed >= 0 else (folder, step), self.optimizer)
+        loop = meta["loop"] if resumed >= 0 else {"curve": [], "seconds": 0.0, "loss": None}
+        self.step, self.curve, self.loss = max(resumed, 0), loop["curve"], loop["loss"]
+        self.began = time.perf_counter() - loop["seconds"]
+        self.loader = ConversationLoader(
+            self.tokenizer, self.train, self.batch, settings.max_seq_len, runtime.rank, runtime.world_size,
+            runtime.device, state=meta["loader"] if resumed >= 0 else None)
+        self.log = MetricsLog(self.directory / "metrics.jsonl", settings.run, asdict(settings))
+
+    @property
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.began, 2)
+
+    def share(self) -> float:
+        return share_done(self.step, self.loader, self.settings, self.runtime)
+
+    def advance(self, share: float) -> None:
+        """One step of the optimizer."""
+        self.loss = train_step(self.model, self.loader, self.passes, self.runtime)
+        factor = self.settings.init_lr_frac * rate_at(share, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        self.log.log(step=self.step, loss=self.loss, rate=factor)
+
+    def save(self) -> None:
+        loop = {"curve": self.curve, "seconds": self.seconds, "loss": self.loss}
+        meta = {"tokenizer": self.tokenizer.fingerprint, "settings": asdict(self.settings), "loop": loop,
+                "loader": gather(self.loader.state())}
+        save_checkpoint(self.directory, self.step, self.model, self.optimizer, meta, self.runtime)
+
+    def measure(self) -> None:
+        """Bits per byte on held-out conversations."""
+        bpb = validate(self.model, self.tokenizer, self.held, self.settings, self.batch, self.runtime)
+        self.curve.append([self.step, round(bpb, 5)])
+        self.log.log(step=self.step, bpb=bpb)
+        print0(f"step {self.step}: validation bits per byte {bpb:.4f}")
+
+    def grade(self) -> None:
+        """ChatCORE on a few questions."""
+        grades, _ = evaluate_chat(self.model, self.tokenizer, self.tasks, Asking(), self.runtime)
+        self.log.log(step=self.step, chatcore=grades["chatcore"], tasks=grades["tasks"])
+        print0(f"step {self.step}: ChatCORE {grades['chatcore']:.4f}")
+
+# %%
+#| export scripts/chat_sft
+def chat_sft(settings: ChatSFT) -> None:
+    """Fine-tune the base model on conversations; leaves checkpoints of stage sft and report/result_sft.json."""
+    run = Run(settings, start(settings.device_type))
+    settings, first = run.settings, run.step
+    bar = progress(total=max(settings.num_iterations, 0) or None, desc="chat_sft", initial=first)
+    while True:
+        share = run.share()
+        done, fresh = share >= 1, run.step > first
+
+        def due(every: int) -> bool:
+            return done or every > 0 and run.step % every == 0
+
+        if fresh and due(settings.save_every):  # first of all: what follows can fail, and the work is safe
+            run.save()
+        if due(settings.eval_every) and run.step not in dict(run.curve):
+            run.measure()
+        if run.tasks and fresh and due(settings.chatcore_every):
+            run.grade()
+        if done:
+            break
+        run.advance(share)
+        bar.set_postfix_str(f"loss {run.loss:.3f}", refresh=False)
+        bar.update()
+    bar.close()
+    finish(run)
+
+
+def finish(run: Run) -> None:
+    """Say what came of it, and write it for the report."""
+    cut, dropped = (sum(counts) for counts in zip(*gather((run.loader.cut, run.loader.dropped))))
+    if cut:
+        print0(f"{cut} conversations are longer than {run.settings.max_seq_len} tokens and were cut")
+    if dropped:
+        print0(f"{dropped} conversations have no word of the assistant within the context and were dropped")
+    tokens = run.step * run.settings.total_batch_size
+    write_result("sft", bpb=run.curve[-1][1], bpb_curve=run.curve, steps=run.step, loss=run.loss, tokens=tokens,
+                 conversations=len(run.train), cut=cut, dropped=dropped, seconds=run.seconds,
+                 settings=asdict(run.settings))
+    run.log.close()

@@ -142,7 +142,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def find_files(folder: Path, split: str, config: str = "") -> list[Path]:
-    """The files of a split in a folder laid out as on the hub or flat: train.jsonl, data/train-00000-of-00002.parquet."""
+    """The files of a split, in a folder as on the hub or flat: train.jsonl, data/train-00000-of-00002.parquet."""
     name = re.compile(rf"({split})(-\d+-of-\d+)?\.(jsonl|parquet)")
     for place in (folder / config, folder / "data" / config, folder / "data", folder):
         if files := sorted(path for path in place.glob("*") if name.fullmatch(path.name)):
@@ -175,8 +175,9 @@ def hub_rows(name: str, repo: str, split: str, config: str = "") -> Sequence[dic
         return datasets.load_dataset(repo, config or None, split=split)
     except Exception as error:  # the client raises a dozen kinds
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise NanochatError(f"cannot load {repo} ({config or 'default'}, {split}) from the hub or its cache ({reason}): go "
-                            f"online, or give --task-data DIR with {split}.jsonl or parquet files in DIR/{name}") from None
+        raise NanochatError(f"cannot load {repo} ({config or 'default'}, {split}) from the hub or its cache "
+                            f"({reason}): go online, or give --task-data DIR with {split}.jsonl or parquet files in "
+                            f"DIR/{name}") from None
 
 
 def load_rows(name: str, repo: str, split: str, config: str = "", data: str = "", files: str = "") -> Sequence[dict]:
@@ -187,8 +188,8 @@ def load_rows(name: str, repo: str, split: str, config: str = "", data: str = ""
     folder = Path(data) / name
     found = find_files(folder, files or split, config)
     if not found:
-        raise NanochatError(f"no {split}.jsonl or {split}-*.parquet in {folder}: put the files of {repo} there, or leave "
-                            "--task-data away to fetch them")
+        raise NanochatError(f"no {split}.jsonl or {split}-*.parquet in {folder}: put the files of {repo} there, or "
+                            "leave --task-data away to fetch them")
     if found[0].suffix == ".jsonl":
         return [row for path in found for row in read_jsonl(path)]
     import datasets

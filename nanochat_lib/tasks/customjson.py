@@ -9,7 +9,7 @@ from nanochat_lib.tasks.common import Task, fault_of, numbered_jsonl
 
 
 def checked(path: Path) -> list[dict]:
-    """The conversations of a file, if all are sound; else NanochatError with file, line and reason of the first fault."""
+    """The conversations of a file, if all are sound; else NanochatError with file, line and reason."""
     rows, faults = [], []
     for number, value in numbered_jsonl(path):
         row = {"messages": value} if isinstance(value, list) else value

@@ -49,10 +49,10 @@ def end(process: subprocess.Popen) -> None:
 def run_program(program: str, timeout: float = 5.0, memory: int = 1024) -> str:
     """Run a Python program to its last line; "" if it got there, else why not ("timeout", or the error's last line).
 
-    `timeout` in seconds of wall clock, `memory` in MiB. The program has a temporary folder, an empty environment, no input,
-    and limits on memory, processor time, file size and open files. **This is a fence, not a prison**: it keeps
-    honest but wrong programs from harming; network and file system stay open to a malicious one. Run models you do not
-    trust in a container.
+    `timeout` in seconds of wall clock, `memory` in MiB. The program has a temporary folder, an empty environment, no
+    input, and limits on memory, processor time, file size and open files; its children are killed with it. **This is a
+    fence, not a prison**: it keeps honest but wrong programs from doing harm; network and file system stay open to a
+    malicious one. Run models you do not trust in a container.
     """
     proof = secrets.token_hex(16)  # printed after the last line: sys.exit(0) on the way does not pass
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ LETTERS = "ABCD"
 
 
 class MMLU(ChoiceTask):
-    """Rows of question, choices and the right choice's index; `split` is auxiliary_train (99,842), validation or test."""
+    """Rows of question, choices and the right one's index; `split` is auxiliary_train (99,842), validation or test."""
 
     def __init__(self, split: str = "auxiliary_train", data: str = ""):
         super().__init__(load_rows("mmlu", "cais/mmlu", split, "all", data), shuffle=True)

@@ -84,8 +84,8 @@ def identity() -> list[Task]:
 def mixture(name: str = "default", data: str = "", mmlu_epochs: int = 3, gsm8k_epochs: int = 4) -> TaskMixture:
     """The conversations SFT trains on. `data` is a folder to read from instead of the hub."""
     if known(name) == "world":
-        repeats = {"multiple_choice": 2, "word_problems_1": 1, "word_problems_2": 1, "letter_counting": 1, "spelling": 2,
-                   "facts": 1, "world_identity": 2}
+        repeats = {"multiple_choice": 2, "word_problems_1": 1, "word_problems_2": 1, "letter_counting": 1,
+                   "spelling": 2, "facts": 1, "world_identity": 2}
         return TaskMixture([task for key, times in repeats.items() for task in [get_task(key, "train", data)] * times])
     return TaskMixture([
         get_task("smoltalk", "train", data),
