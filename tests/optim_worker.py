@@ -23,13 +23,13 @@ def train(out: Path, load: Path | None = None, rank: int = 0, world_size: int = 
     torch.manual_seed(1)
     model = GPT(GPTConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL"))
     model.init_weights()
-    for parameter in model.parameters():  # at the start some gradients are rounding noise, and Adam takes its sign
+    for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
+    # in float32 some gradients are mere rounding, and Adam would take a step of full size from their sign
+    model.double().dtype = torch.float64
     odd = torch.nn.Parameter(torch.randn(1027, 3))  # more rows than 1,024 elements, and not even
     extra = dict(kind="adamw", name="odd", params=[odd], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     optimizer = MuonAdamW([*parameter_groups(model, weight_decay=0.1), extra])
-    for group in optimizer.param_groups:
-        group["lr"] *= 0.1  # as in warm-up; the full rates (wte: 1.5) move rounding of 1e-6 past 1e-5
     if load:
         saved = torch.load(load / "weights.pt")
         odd.data.copy_(saved.pop("odd"))

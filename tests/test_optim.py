@@ -184,6 +184,7 @@ def close(got, expected):
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_two_processes_are_one_and_checkpoints_reshard(tmp_path, run_module):
     """Same global batch, same weights; state saved by one process goes on in two, and the other way round."""
     folders = {name: tmp_path / name for name in ("one", "two", "one_to_two", "two_to_one", "one_to_one")}
