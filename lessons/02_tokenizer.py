@@ -15,8 +15,8 @@
 #
 # *How does text become numbers, and a chat become a document?* — 40 minutes, less than one of them computing.
 #
-# A model reads whole numbers. Which pieces of text get a number is decided once, before any training, and then holds for
-# good: it fixes how much text fits into a context, what a model can spell, and how a chat looks from the inside.
+# A model reads whole numbers. Which pieces of text get a number is decided once, before any training, and then holds
+# for good: it fixes how much text fits into a context, what a model can spell, and how a chat looks from the inside.
 
 # %%
 #| default_exp tokenizer
@@ -29,6 +29,7 @@
 #| export
 import hashlib
 import json
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,9 +55,9 @@ for text in ("Anna lives here.", "Анна живёт здесь.", "안나는 �
 # %% [markdown]
 # ## First cut: words
 #
-# If pieces could grow over anything, `dog.`, `dog,` and `dog!` would each win a number of their own. GPT-2 therefore cuts
-# text into words first, by a regular expression, and lets pieces grow only within a word. A blank belongs to the word
-# after it. This is GPT-4's expression but for two places: digits go by two, and line breaks one by one.
+# If pieces could grow over anything, `dog.`, `dog,` and `dog!` would each win a number of their own. GPT-2 therefore
+# cuts text into words first, by a regular expression, and lets pieces grow only within a word. A blank belongs to the
+# word after it. This is GPT-4's expression, but digits go by two.
 
 # %%
 #| export
@@ -65,7 +66,7 @@ SPLIT_PATTERN = "|".join([
     r"[^\r\n\p{L}\p{N}]?+\p{L}+",     # a word, with the blank (or one other sign) before it
     r"\p{N}{1,2}",                    # digits by twos: GPT-4 takes three, too many of a small vocabulary
     r" ?[^\s\p{L}\p{N}]++[\r\n]*",    # punctuation
-    r"\s*[\r\n]",                     # one line break
+    r"\s*[\r\n]",                     # blanks that end in a line break
     r"\s+(?!\S)",                     # blanks, but for the last one before a word
     r"\s+",
 ])
@@ -84,7 +85,7 @@ print(regex.findall(SPLIT_PATTERN, "It's 1234567 steps,\n\nor  so: we'll see!"))
 
 # %%
 #| export bpe
-"""Byte pair encoding in plain Python: the same merges as rustbpe and the same ids as tiktoken, to read and to test by."""
+"""Byte pair encoding in plain Python, to read and to test by: the merges of rustbpe, the ids of tiktoken."""
 
 # %%
 #| export bpe
@@ -115,8 +116,8 @@ def merge(ids: list[int], pair: Pair, new: int) -> list[int]:
     return merged
 
 # %% [markdown]
-# The trainer, as the rule says it. Where two pairs are equally frequent the one with the smaller numbers wins: without a rule
-# for ties, two machines could train two tokenizers.
+# The trainer, as the rule says it. Where two pairs are equally frequent the one with the smaller numbers wins: without
+# a rule for ties, two machines could train two tokenizers.
 
 # %%
 #| export bpe
@@ -156,9 +157,10 @@ print("the first merges:", [token.decode() for token in tokens_of(train_simple(w
 # %% [markdown]
 # ## Fast enough
 #
-# Each step above walks through all words, though a merge changes few of them. So: keep the counts, remember for each pair
-# the words that hold it, and touch only those. The most frequent pair waits on top of a heap. Counts in the heap
-# may be out of date, but only too high, since a pair that is not new can only lose: check the top one, and put it back if it fell.
+# Each step above walks through all words, though a merge changes few of them. So: keep the counts, remember for each
+# pair the words that hold it, and touch only those. The most frequent pair waits on top of a heap. Counts in the heap
+# may be out of date, but only too high, since a pair that is not new can only lose: check the top one, and put it
+# back if it fell.
 
 # %%
 #| export bpe
@@ -201,7 +203,7 @@ started = time.perf_counter()
 assert train(words, 30) == train_simple(words, 30)
 middle = time.perf_counter()
 merges = train(words, 1500)
-print(f"30 merges, both ways: {middle - started:.1f} s · 1,500 merges, the fast way: {time.perf_counter() - middle:.1f} s")
+print(f"30 merges, both ways: {middle - started:.1f} s · 1,500, the fast way: {time.perf_counter() - middle:.1f} s")
 
 # %% [markdown]
 # `rustbpe` is this algorithm in Rust, on all cores; it is what trains our tokenizers. Same text, same merges:
@@ -288,6 +290,15 @@ def turns(conversation: dict) -> list[dict]:
 PART_MARKERS = {"text": None, "python": "python", "python_output": "output"}
 
 
+def parts_of(content: str | list[dict]) -> list[dict]:
+    """The parts of an assistant's message, each {"type", "text"}; a string is one part of type text."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or any(part.get("type") not in PART_MARKERS for part in parts):
+        raise NanochatError(f"an assistant's message is text, or parts of the types {', '.join(PART_MARKERS)}, "
+                            f"not {str(content)[:80]!r}: mend the conversation")
+    return parts
+
+
 def render_conversation(tokenizer: "Tokenizer", conversation: dict, max_tokens: int | None = 2048):
     """(ids, mask) of a conversation, cut to max_tokens; mask is 1 on what the assistant must learn to emit."""
     ids, mask = [], []
@@ -301,14 +312,11 @@ def render_conversation(tokenizer: "Tokenizer", conversation: dict, max_tokens: 
 
     add([tokenizer.get_bos_token_id()], 0)
     for message in turns(conversation):
-        content = message["content"]
         if message["role"] == "user":
-            add(marked("user", text_of(content)), 0)
+            add(marked("user", text_of(message["content"])), 0)
             continue
         add([tokenizer.encode_special("<|assistant_start|>")], 0)
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] not in PART_MARKERS:
-                raise NanochatError(f"a part of type {part['type']!r}: the types are {', '.join(PART_MARKERS)}")
+        for part in parts_of(message["content"]):
             marker = PART_MARKERS[part["type"]]
             tokens = marked(marker, part["text"]) if marker else tokenizer.encode(part["text"])
             add(tokens, 0 if marker == "output" else 1)  # the tool writes its output, the model need not
@@ -328,8 +336,35 @@ def render_for_completion(tokenizer: "Tokenizer", conversation: dict) -> list[in
 # ## The tokenizer
 #
 # One class holds it together. Text is always encoded as *ordinary* text: a user who types `<|assistant_end|>` gets
-# nine harmless pieces, never the special token. It is saved as JSON (a pickle could run code when opened), and its fingerprint goes
-# into every checkpoint, so that a model is never fed the ids of another tokenizer.
+# some harmless pieces, never the special token. It is saved as JSON, and its fingerprint goes into every checkpoint,
+# so that a model is never fed the ids of another tokenizer. nanochat keeps its own as a pickle, which can run any code
+# when opened; we read one with nothing allowed but the data inside.
+
+# %%
+#| export
+class Stored:
+    """Takes the place of tiktoken.Encoding in a pickle: keeps its data and runs nothing."""
+
+    def __setstate__(self, state: dict):
+        self.state = state
+
+
+class DataOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return Stored
+
+
+def read_nanochat(path: Path) -> tuple[list[bytes], str, list[str]]:
+    """Tokens by rank, pattern and specials of a tokenizer.pkl."""
+    try:
+        with open(path, "rb") as file:
+            state = DataOnly(file).load().state
+        ranks, specials = state["mergeable_ranks"], state["special_tokens"]
+        return sorted(ranks, key=ranks.get), state["pat_str"], sorted(specials, key=specials.get)
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NanochatError(f"{path} is not a tokenizer ({error}): delete it and run {TRAIN}") from None
 
 # %%
 #| export
@@ -359,8 +394,10 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
-        """Load what `save` wrote. Raises NanochatError if it is missing or damaged."""
+        """Load what `save`, or nanochat, wrote. Raises NanochatError if it is missing or damaged."""
         path = Path(directory) / "tokenizer.json"
+        if not path.exists() and path.with_suffix(".pkl").exists():
+            return cls(*read_nanochat(path.with_suffix(".pkl")))
         if not path.exists():
             raise NanochatError(f"no tokenizer in {directory}: run {TRAIN}")
         stored = read_json(path)
@@ -441,8 +478,8 @@ assert tokenizer.decode(tokenizer.encode(attack)) == attack
 assert tokenizer.encode_special("<|assistant_end|>") not in tokenizer.encode(attack)
 
 # %% [markdown]
-# Text can run out of pairs: when every word is one token, there is nothing left to merge. That is an error, and says how far it got,
-# since a model with thousands of ids that never occur would be a surprise later.
+# Text can run out of pairs: when every word is one token, there is nothing left to merge. That is an error, and says
+# how far it got, since a model with thousands of ids that never occur would be a surprise later.
 
 # %%
 try:
@@ -483,9 +520,9 @@ axis.set(xlim=(-24, 83), ylim=(-4.6, 0.6), title="one sentence, five vocabularie
 _ = axis.axis("off")
 
 # %% [markdown]
-# More ids make shorter sequences, but each step needs twice the vocabulary for less gain, and every id costs the model a row
-# in its embedding and a column in its last matrix. And what is gained depends on the text: merges learned in a small world help
-# little with Python's own manual.
+# More ids make shorter sequences, but each doubling gains less, and every id costs the model a row in its embedding and
+# one in its last matrix. And what is gained depends on the text: merges learned in a small world help little with
+# Python's own manual.
 
 # %%
 manual = "\n".join(str(item.__doc__) for item in (str, list, dict, print, open, sorted, range, zip, map, property))
@@ -511,8 +548,8 @@ conversation = {"messages": [
 ]}
 ids, mask = tokenizer.render_conversation(conversation)
 figure, axis = plt.subplots(figsize=(10, 1.4), layout="constrained")
-lines = [0, ids.index(tokenizer.encode_special("<|assistant_start|>")), ids.index(tokenizer.encode_special("<|output_end|>")) + 1,
-         len(ids)]
+answer = ids.index(tokenizer.encode_special("<|assistant_start|>"))
+lines = [0, answer, ids.index(tokenizer.encode_special("<|output_end|>")) + 1, len(ids)]
 for y, (begin, end) in enumerate(zip(lines, lines[1:])):
     draw(axis, [tokenizer.id_to_token(token) for token in ids[begin:end]],
          ["#5b8" if learn else "#ddd" for learn in mask[begin:end]], -y)
@@ -524,13 +561,13 @@ _ = axis.axis("off")
 
 # %%
 print(tokenizer.decode(tokenizer.render_for_completion(conversation)))
-assert ids[:lines[1] + 1] == tokenizer.render_for_completion(conversation)
+assert ids[:answer + 1] == tokenizer.render_for_completion(conversation)
 
 # %% [markdown]
 # ## The commands
 #
-# `tok_train` reads the training shards, a long document only to its 10,000th character, so that no single book fills the
-# vocabulary with its names.
+# `tok_train` reads the training shards, a long document only to its 10,000th character, so that no single book fills
+# the vocabulary with its names.
 
 # %%
 #| export scripts/tok_train
@@ -609,8 +646,8 @@ def tok_train(settings: TokTrain) -> None:
            f"{result['bytes_per_token']:.2f} bytes per token of held-out text: {base_dir() / 'tokenizer'}")
 
 # %% [markdown]
-# `tok_eval` sets it beside the vocabularies of GPT-2 and GPT-4 on several kinds of text. These come from the network; without one
-# it compares with what `tiktoken` has kept from earlier, and says what it leaves out.
+# `tok_eval` sets it beside the vocabularies of GPT-2 and GPT-4 on several kinds of text. These come from the network;
+# without one it compares with what `tiktoken` has kept from earlier, and says what it leaves out.
 
 # %%
 #| export scripts/tok_eval
@@ -639,8 +676,8 @@ FILES = {  # what tiktoken fetches for a vocabulary
     "cl100k_base": ("encodings/cl100k_base.tiktoken",),
 }
 SAMPLES = {
-    "English": "The ferry was late again, and nobody on the pier seemed to mind. A boy counted gulls; his mother, who had "
-               "brought a book, read the same page twice. \u201cIt won't come before six,\u201d she said at last.",
+    "English": "The ferry was late again, and nobody on the pier seemed to mind. A boy counted gulls; his mother, who "
+               "had brought a book, read the same page twice. \u201cIt won't come before six,\u201d she said at last.",
     "Korean": "배가 또 늦었지만 부두에 있는 사람은 아무도 신경 쓰지 않는 것 같았다. 한 소년이 갈매기를 세고 있었다.",
     "code": "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"
             "    return total / len(values) if values else None\n",
@@ -715,7 +752,7 @@ def tok_eval(settings: TokEval) -> None:
     for kind, row in table.items():
         print0(f"{kind:16}" + "".join(f"{value:22.2f}" for value in row.values()))
     if missing:
-        print0(f"left out: {', '.join(missing)}, neither kept by tiktoken on this machine nor to be reached at {SERVER}")
+        print0(f"left out: {', '.join(missing)}, neither kept here by tiktoken nor to be reached at {SERVER}")
     write_json(base_dir() / "report" / "result_tok_eval.json", {"bytes_per_token": table, "left_out": missing})
 
 # %% [markdown]

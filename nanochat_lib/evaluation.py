@@ -260,7 +260,8 @@ def fetch_bundle(folder: Path, seconds: float = 10) -> None:
     world = base_dir() / "world" / "eval_bundle"
     instead = f"or give --eval-bundle {world}, the embedded world's (made by python -m nanochat_lib.world)"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise NanochatError(f"no evaluation bundle in {folder}, and HF_HUB_OFFLINE is set: unset it to fetch it, {instead}")
+        raise NanochatError(f"no evaluation bundle in {folder}, and HF_HUB_OFFLINE is set: unset it to fetch one, "
+                            f"{instead}")
     print0(f"fetching {BUNDLE_URL}")
     staging = Path(tempfile.mkdtemp(prefix=".eval_bundle.", dir=folder.parent))
     try:
@@ -274,7 +275,7 @@ def fetch_bundle(folder: Path, seconds: float = 10) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         core.parent.rename(folder)
     except (OSError, zipfile.BadZipFile) as error:
-        raise NanochatError(f"cannot fetch {BUNDLE_URL} ({getattr(error, 'reason', error)}): go online and run the same "
-                            f"command again, {instead}") from None
+        raise NanochatError(f"cannot fetch {BUNDLE_URL} ({getattr(error, 'reason', error)}): go online and run the "
+                            f"same command again, {instead}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

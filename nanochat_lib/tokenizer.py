@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ SPLIT_PATTERN = "|".join([
     r"[^\r\n\p{L}\p{N}]?+\p{L}+",     # a word, with the blank (or one other sign) before it
     r"\p{N}{1,2}",                    # digits by twos: GPT-4 takes three, too many of a small vocabulary
     r" ?[^\s\p{L}\p{N}]++[\r\n]*",    # punctuation
-    r"\s*[\r\n]",                     # one line break
+    r"\s*[\r\n]",                     # blanks that end in a line break
     r"\s+(?!\S)",                     # blanks, but for the last one before a word
     r"\s+",
 ])
@@ -57,6 +58,15 @@ def turns(conversation: dict) -> list[dict]:
 PART_MARKERS = {"text": None, "python": "python", "python_output": "output"}
 
 
+def parts_of(content: str | list[dict]) -> list[dict]:
+    """The parts of an assistant's message, each {"type", "text"}; a string is one part of type text."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or any(part.get("type") not in PART_MARKERS for part in parts):
+        raise NanochatError(f"an assistant's message is text, or parts of the types {', '.join(PART_MARKERS)}, "
+                            f"not {str(content)[:80]!r}: mend the conversation")
+    return parts
+
+
 def render_conversation(tokenizer: "Tokenizer", conversation: dict, max_tokens: int | None = 2048):
     """(ids, mask) of a conversation, cut to max_tokens; mask is 1 on what the assistant must learn to emit."""
     ids, mask = [], []
@@ -70,14 +80,11 @@ def render_conversation(tokenizer: "Tokenizer", conversation: dict, max_tokens: 
 
     add([tokenizer.get_bos_token_id()], 0)
     for message in turns(conversation):
-        content = message["content"]
         if message["role"] == "user":
-            add(marked("user", text_of(content)), 0)
+            add(marked("user", text_of(message["content"])), 0)
             continue
         add([tokenizer.encode_special("<|assistant_start|>")], 0)
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] not in PART_MARKERS:
-                raise NanochatError(f"a part of type {part['type']!r}: the types are {', '.join(PART_MARKERS)}")
+        for part in parts_of(message["content"]):
             marker = PART_MARKERS[part["type"]]
             tokens = marked(marker, part["text"]) if marker else tokenizer.encode(part["text"])
             add(tokens, 0 if marker == "output" else 1)  # the tool writes its output, the model need not
@@ -92,6 +99,31 @@ def render_for_completion(tokenizer: "Tokenizer", conversation: dict) -> list[in
         messages = messages[:-1]
     ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=None)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+
+
+class Stored:
+    """Takes the place of tiktoken.Encoding in a pickle: keeps its data and runs nothing."""
+
+    def __setstate__(self, state: dict):
+        self.state = state
+
+
+class DataOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return Stored
+
+
+def read_nanochat(path: Path) -> tuple[list[bytes], str, list[str]]:
+    """Tokens by rank, pattern and specials of a tokenizer.pkl."""
+    try:
+        with open(path, "rb") as file:
+            state = DataOnly(file).load().state
+        ranks, specials = state["mergeable_ranks"], state["special_tokens"]
+        return sorted(ranks, key=ranks.get), state["pat_str"], sorted(specials, key=specials.get)
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NanochatError(f"{path} is not a tokenizer ({error}): delete it and run {TRAIN}") from None
 
 
 class Tokenizer:
@@ -120,8 +152,10 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
-        """Load what `save` wrote. Raises NanochatError if it is missing or damaged."""
+        """Load what `save`, or nanochat, wrote. Raises NanochatError if it is missing or damaged."""
         path = Path(directory) / "tokenizer.json"
+        if not path.exists() and path.with_suffix(".pkl").exists():
+            return cls(*read_nanochat(path.with_suffix(".pkl")))
         if not path.exists():
             raise NanochatError(f"no tokenizer in {directory}: run {TRAIN}")
         stored = read_json(path)

@@ -23,8 +23,8 @@ FILES = {  # what tiktoken fetches for a vocabulary
     "cl100k_base": ("encodings/cl100k_base.tiktoken",),
 }
 SAMPLES = {
-    "English": "The ferry was late again, and nobody on the pier seemed to mind. A boy counted gulls; his mother, who had "
-               "brought a book, read the same page twice. \u201cIt won't come before six,\u201d she said at last.",
+    "English": "The ferry was late again, and nobody on the pier seemed to mind. A boy counted gulls; his mother, who "
+               "had brought a book, read the same page twice. \u201cIt won't come before six,\u201d she said at last.",
     "Korean": "배가 또 늦었지만 부두에 있는 사람은 아무도 신경 쓰지 않는 것 같았다. 한 소년이 갈매기를 세고 있었다.",
     "code": "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"
             "    return total / len(values) if values else None\n",
@@ -96,7 +96,7 @@ def tok_eval(settings: TokEval) -> None:
     for kind, row in table.items():
         print0(f"{kind:16}" + "".join(f"{value:22.2f}" for value in row.values()))
     if missing:
-        print0(f"left out: {', '.join(missing)}, neither kept by tiktoken on this machine nor to be reached at {SERVER}")
+        print0(f"left out: {', '.join(missing)}, neither kept here by tiktoken nor to be reached at {SERVER}")
     write_json(base_dir() / "report" / "result_tok_eval.json", {"bytes_per_token": table, "left_out": missing})
 
 
