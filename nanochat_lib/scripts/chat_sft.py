@@ -4,20 +4,28 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gather, load_model, load_optimizer,
                                      prepare_directory, read_meta, save_checkpoint, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, all_reduce_sum, print0, progress, run_cli, start)
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, all_reduce_sum, compute_dtype, print0, progress,
+                                 run_cli, start)
 from nanochat_lib.evaluation import evaluate_bpb
 from nanochat_lib.scaling import REFERENCE_BATCH
 from nanochat_lib.tasks import Task, TaskMixture, evaluation_tasks, mixture, validation_mixture
 from nanochat_lib.tasks.customjson import CustomJSON
 from nanochat_lib.tasks.evaluate import Asking, evaluate_chat
 from nanochat_lib.tasks.packing import ConversationLoader, one_pass
+from nanochat_lib.training import LossScaler, check_loss, check_weights, compiled, divide_batch, set_rates, trim_metrics
+
+EVAL_TOKENS = 20_971_520
+CPU_EVAL_TOKENS = 65_536  # a CPU would spend hours on the default
+Flag = tyro.conf.FlagCreatePairsOff
 
 
 @dataclass
@@ -57,7 +65,7 @@ class ChatSFT:
     final_lr_frac: float = 0.0
     eval_every: int = 200
     """steps between validations; -1: only at the end"""
-    eval_tokens: int = 20_971_520
+    eval_tokens: int = EVAL_TOKENS
     chatcore_every: int = 200
     """steps between gradings; -1: never"""
     chatcore_max_cat: int = -1
@@ -66,8 +74,11 @@ class ChatSFT:
     gsm8k_epochs: int = 4
     save_every: int = 200
     """steps between checkpoints; -1: only at the end"""
-    resume: bool = False
+    resume: Annotated[bool, Flag] = False
     """go on from this model's newest SFT checkpoint, if there is one"""
+    compile: Annotated[bool, Flag] = False
+    """use torch.compile; neither flag: where it pays"""
+    no_compile: Annotated[bool, Flag] = False
 
 
 INHERITED = ("max_seq_len", "device_batch_size", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr")
@@ -75,21 +86,12 @@ INHERITED = ("max_seq_len", "device_batch_size", "total_batch_size", "embedding_
 
 def inherit(settings: ChatSFT, meta: dict[str, Any]) -> ChatSFT:
     """The settings with every inherited one filled in; a context longer than the model's is an error."""
-    base = {**meta["settings"], "max_seq_len": meta["model_config"]["sequence_len"]}
+    base = {**meta["settings"], "total_batch_size": meta["total_batch_size"],
+            "max_seq_len": meta["model_config"]["sequence_len"]}
     settings = replace(settings, **{name: base[name] for name in INHERITED if getattr(settings, name) <= 0})
     if settings.max_seq_len > base["max_seq_len"]:
         raise NanochatError(f"--max-seq-len {settings.max_seq_len} is more than the base model's {base['max_seq_len']}")
     return settings
-
-
-def accumulation(settings: ChatSFT, world_size: int) -> tuple[int, int]:
-    """(rows per forward pass, forward passes per step and process) that make total_batch_size tokens a step."""
-    rows, left = divmod(settings.total_batch_size, settings.max_seq_len * world_size)
-    if left or not rows:
-        raise NanochatError(f"--total-batch-size {settings.total_batch_size} is no multiple of {settings.max_seq_len} "
-                            f"tokens a row × {world_size} processes: give one that is")
-    batch = max(size for size in range(1, min(rows, settings.device_batch_size) + 1) if rows % size == 0)
-    return batch, rows // batch
 
 
 def rate_at(share: float, settings: ChatSFT) -> float:
@@ -133,21 +135,24 @@ def validate(model: Any, tokenizer: Any, held: TaskMixture, settings: ChatSFT, b
     # of fewer conversations than ranks everyone reads all: the quotient stays the same
     rank, ranks = (runtime.rank, runtime.world_size) if len(held) >= runtime.world_size else (0, 1)
     batches = one_pass(ConversationLoader(tokenizer, held, batch, settings.max_seq_len, rank, ranks, runtime.device))
-    steps = max(1, math.ceil(settings.eval_tokens / (batch * settings.max_seq_len * ranks)))
+    tokens = settings.eval_tokens
+    if runtime.device.type != "cuda" and tokens == EVAL_TOKENS:
+        tokens = CPU_EVAL_TOKENS
     model.eval()
-    bpb = evaluate_bpb(model, batches, steps, tokenizer.token_bytes().to(runtime.device))
+    bpb = evaluate_bpb(model, batches, max(1, math.ceil(tokens / (batch * settings.max_seq_len * ranks))),
+                       tokenizer.token_bytes().to(runtime.device))
     model.train()
     return bpb
 
 
-def train_step(model: Any, loader: ConversationLoader, passes: int, runtime: Runtime) -> float:
-    """Gradients of one step over `passes` batches of every rank; returns the mean loss in nats per target."""
-    batches = [next(loader) for _ in range(passes)]
-    count = all_reduce_sum(sum((targets >= 0).sum() for _, targets in batches).float())
-    total = torch.zeros((), device=runtime.device)
-    for inputs, targets in batches:
-        loss = model(inputs, targets, loss_reduction="sum") / count
-        (loss * runtime.world_size).backward()  # the optimizer averages over ranks
+def accumulate(model: Any, batches: list, scaler: LossScaler, world_size: int) -> float:
+    """Gradients of the mean loss over all targets of these batches on all ranks; returns that mean in nats."""
+    counts = [(targets >= 0).sum() for _, targets in batches]
+    count = all_reduce_sum(sum(counts).float())
+    total = torch.zeros_like(count)
+    for (inputs, targets), mine in zip(batches, counts):
+        loss = model(inputs, targets) * mine / count
+        scaler.backward(loss * world_size)  # the optimizer averages over ranks
         total += loss.detach()
     return all_reduce_sum(total).item()
 
@@ -161,114 +166,140 @@ def share_done(step: int, loader: ConversationLoader, settings: ChatSFT, runtime
 
 
 class Run:
-    """A fine-tuning run under way: model, optimizer, loader, and what has been measured."""
+    """A fine-tuning run at some step: what the loop below calls."""
 
     def __init__(self, settings: ChatSFT, runtime: Runtime):
-        folder, step = find_checkpoint("base", settings.model_tag or None,
-                                       settings.model_step if settings.model_step >= 0 else None)
+        folder, step = find_checkpoint("base", settings.model_tag or None, settings.model_step)
+        base = read_meta(folder, step)
         self.runtime, self.directory = runtime, checkpoint_directory("sft", folder.name)
-        self.settings = settings = inherit(settings, read_meta(folder, step))
+        self.settings = settings = inherit(settings, base)
+        self.rows, self.micro_batches = divide_batch(settings.total_batch_size, settings.device_batch_size,
+                                                     settings.max_seq_len, runtime.world_size)
         self.train, self.held = conversations(settings)
         self.tasks = graded_tasks(settings)
-        self.batch, self.passes = accumulation(settings, runtime.world_size)
-        resumed = steps_in(self.directory)[-1] if settings.resume and steps_in(self.directory) else -1
-        prepare_directory(self.directory, runtime, resumed)
-        if resumed >= 0:
-            print0(f"going on from step {resumed} in {self.directory}")
-            self.model, self.tokenizer, meta = load_model("sft", runtime.device, "train", folder.name, resumed)
-        else:
-            self.model, self.tokenizer, meta = load_model("base", runtime.device, "train", folder.name, step)
-        scale = math.sqrt(settings.total_batch_size / REFERENCE_BATCH)  # as the base run scaled them
-        self.optimizer = self.model.setup_optimizer(
-            unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
-            matrix_lr=settings.matrix_lr * scale, weight_decay=0.0)
-        if resumed >= 0 or settings.load_optimizer:
-            load_optimizer(*(self.directory, resumed) if resumed >= 0 else (folder, step), self.optimizer)
-        loop = meta["loop"] if resumed >= 0 else {"curve": [], "seconds": 0.0, "loss": None}
-        self.step, self.curve, self.loss = max(resumed, 0), loop["curve"], loop["loss"]
-        self.began = time.perf_counter() - loop["seconds"]
-        self.loader = ConversationLoader(
-            self.tokenizer, self.train, self.batch, settings.max_seq_len, runtime.rank, runtime.world_size,
-            runtime.device, state=meta["loader"] if resumed >= 0 else None)
+        earlier = steps_in(self.directory)
+        resumed = settings.resume and bool(earlier)
+        self.step = earlier[-1] if resumed else 0
+        source = ("sft", self.directory, self.step) if resumed else ("base", folder, step)
+        print0(f"starting from {source[0]} model {folder.name}, step {source[2]}")
+        self.orig_model, self.tokenizer, meta = load_model(source[0], runtime.device, "train", folder.name, source[2])
+        self.optimizer = self.make_optimizer(base["settings"])
+        if resumed or settings.load_optimizer:
+            load_optimizer(*source[1:], self.optimizer)
+        meta = meta if resumed else {}
+        self.curve, self.seconds, self.loss = meta.get("loop", ([], 0.0, None))
+        self.scaler = LossScaler(compute_dtype(runtime.device), meta.get("scaler"))
+        self.loader = ConversationLoader(self.tokenizer, self.train, self.rows, settings.max_seq_len, runtime.rank,
+                                         runtime.world_size, runtime.device, state=meta.get("loader"))
+        prepare_directory(self.directory, runtime, self.step if resumed else -1)
+        trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
         self.log = MetricsLog(self.directory / "metrics.jsonl", settings.run, asdict(settings))
+        self.steps = settings.num_iterations if settings.num_iterations > 0 else self.expected_steps()
+        self.model = self.compile()
 
-    @property
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.began, 2)
+    def make_optimizer(self, base: dict[str, Any]) -> torch.optim.Optimizer:
+        settings = self.settings
+        scale = math.sqrt(settings.total_batch_size / REFERENCE_BATCH)  # as in the base run
+        return self.orig_model.setup_optimizer(
+            unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
+            matrix_lr=settings.matrix_lr * scale, scalar_lr=base["scalar_lr"] * scale, weight_decay=0.0)
+
+    def expected_steps(self) -> int:
+        """About how many steps one pass takes, judged by every n-th conversation."""
+        some = self.train[::max(1, len(self.train) // 100)]
+        lengths = [min(len(self.tokenizer.render_conversation(one)[0]), self.settings.max_seq_len) for one in some]
+        return math.ceil(sum(lengths) / len(lengths) * len(self.train) / self.settings.total_batch_size)
+
+    def compile(self) -> torch.nn.Module:
+        wanted = True if self.settings.compile else False if self.settings.no_compile else None
+        inputs = torch.zeros(self.rows, self.settings.max_seq_len, dtype=torch.long, device=self.runtime.device)
+        left = (self.steps - self.step) * self.settings.total_batch_size / self.runtime.world_size
+        return compiled(self.orig_model, (inputs, inputs), wanted, left * self.orig_model.estimate_flops())
 
     def share(self) -> float:
         return share_done(self.step, self.loader, self.settings, self.runtime)
 
-    def advance(self, share: float) -> None:
+    def train_step(self, share: float) -> None:
         """One step of the optimizer."""
-        self.loss = train_step(self.model, self.loader, self.passes, self.runtime)
+        started = time.perf_counter()
+        batches = [next(self.loader) for _ in range(self.micro_batches)]
+        self.loss = accumulate(self.model, batches, self.scaler, self.runtime.world_size)
+        check_loss(self.loss, self.step, self.optimizer, self.directory)
         factor = self.settings.init_lr_frac * rate_at(share, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        self.optimizer.step()
+        set_rates(self.optimizer, factor)
+        self.scaler.step(self.optimizer)
         self.model.zero_grad(set_to_none=True)
+        self.seconds += time.perf_counter() - started
+        self.log.log(step=self.step, loss=self.loss, rate=factor, passes=round(self.loader.passes, 4))
         self.step += 1
-        self.log.log(step=self.step, loss=self.loss, rate=factor)
 
     def save(self) -> None:
-        loop = {"curve": self.curve, "seconds": self.seconds, "loss": self.loss}
-        meta = {"tokenizer": self.tokenizer.fingerprint, "settings": asdict(self.settings), "loop": loop,
-                "loader": gather(self.loader.state())}
-        save_checkpoint(self.directory, self.step, self.model, self.optimizer, meta, self.runtime)
+        if self.step in steps_in(self.directory):
+            return  # resumed here
+        check_weights(self.orig_model, self.step, self.directory)
+        meta = {"tokenizer": self.tokenizer.fingerprint, "settings": asdict(self.settings),
+                "total_batch_size": self.settings.total_batch_size, "loop": [self.curve, self.seconds, self.loss],
+                "scaler": self.scaler.state(), "loader": gather(self.loader.state())}
+        save_checkpoint(self.directory, self.step, self.orig_model, self.optimizer, meta, self.runtime)
 
     def measure(self) -> None:
         """Bits per byte on held-out conversations."""
-        bpb = validate(self.model, self.tokenizer, self.held, self.settings, self.batch, self.runtime)
-        self.curve.append([self.step, round(bpb, 5)])
+        bpb = validate(self.model, self.tokenizer, self.held, self.settings, self.rows, self.runtime)
+        self.curve = [point for point in self.curve if point[0] != self.step] + [[self.step, bpb]]
         self.log.log(step=self.step, bpb=bpb)
-        print0(f"step {self.step}: validation bits per byte {bpb:.4f}")
+        print0(f"step {self.step:5}: validation bits per byte {bpb:.4f}")
 
     def grade(self) -> None:
         """ChatCORE on a few questions."""
-        grades, _ = evaluate_chat(self.model, self.tokenizer, self.tasks, Asking(), self.runtime)
+        grades, _ = evaluate_chat(self.orig_model, self.tokenizer, self.tasks, Asking(), self.runtime)
         self.log.log(step=self.step, chatcore=grades["chatcore"], tasks=grades["tasks"])
-        print0(f"step {self.step}: ChatCORE {grades['chatcore']:.4f}")
+        print0(f"step {self.step:5}: ChatCORE {grades['chatcore']:.4f}")
+
+    def report(self) -> None:
+        """Say what came of it, and write it for the report."""
+        cut, dropped = (sum(counts) for counts in zip(*gather((self.loader.cut, self.loader.dropped))))
+        if cut:
+            print0(f"{cut} conversations are longer than {self.settings.max_seq_len} tokens and were cut")
+        if dropped:
+            print0(f"{dropped} conversations have no word of the assistant within the context and were dropped")
+        write_result("sft", bpb=self.curve[-1][1], bpb_curve=self.curve, steps=self.step, loss=self.loss,
+                     tokens=self.step * self.settings.total_batch_size, conversations=len(self.train), cut=cut,
+                     dropped=dropped, seconds=round(self.seconds, 2), settings=asdict(self.settings))
+
+
+def evaluations(run: Run, done: bool) -> Iterator:
+    """The evaluations that are due at this step."""
+    def due(every: int) -> bool:
+        return every > 0 and run.step % every == 0
+
+    if done or due(run.settings.eval_every):
+        yield run.measure
+    if run.tasks and (done or run.step > 0 and due(run.settings.chatcore_every)):
+        yield run.grade
 
 
 def chat_sft(settings: ChatSFT) -> None:
     """Fine-tune the base model on conversations; leaves checkpoints of stage sft and report/result_sft.json."""
     run = Run(settings, start(settings.device_type))
-    settings, first = run.settings, run.step
-    bar = progress(total=max(settings.num_iterations, 0) or None, desc="chat_sft", initial=first)
+    bar = progress(total=run.steps, desc="chat_sft", initial=run.step)
     while True:
         share = run.share()
-        done, fresh = share >= 1, run.step > first
-
-        def due(every: int) -> bool:
-            return done or every > 0 and run.step % every == 0
-
-        if fresh and due(settings.save_every):  # first of all: what follows can fail, and the work is safe
-            run.save()
-        if due(settings.eval_every) and run.step not in dict(run.curve):
-            run.measure()
-        if run.tasks and fresh and due(settings.chatcore_every):
-            run.grade()
+        done = share >= 1
+        if done or run.settings.save_every > 0 and run.step > 0 and run.step % run.settings.save_every == 0:
+            run.save()  # first of all: what follows can fail, and the work is safe
+        for evaluation in evaluations(run, done):
+            try:
+                evaluation()
+            except NanochatError as error:
+                print0(f"step {run.step}: an evaluation could not run, training is not affected: {error}")
         if done:
             break
-        run.advance(share)
+        run.train_step(share)
         bar.set_postfix_str(f"loss {run.loss:.3f}", refresh=False)
         bar.update()
     bar.close()
-    finish(run)
-
-
-def finish(run: Run) -> None:
-    """Say what came of it, and write it for the report."""
-    cut, dropped = (sum(counts) for counts in zip(*gather((run.loader.cut, run.loader.dropped))))
-    if cut:
-        print0(f"{cut} conversations are longer than {run.settings.max_seq_len} tokens and were cut")
-    if dropped:
-        print0(f"{dropped} conversations have no word of the assistant within the context and were dropped")
-    tokens = run.step * run.settings.total_batch_size
-    write_result("sft", bpb=run.curve[-1][1], bpb_curve=run.curve, steps=run.step, loss=run.loss, tokens=tokens,
-                 conversations=len(run.train), cut=cut, dropped=dropped, seconds=run.seconds,
-                 settings=asdict(run.settings))
     run.log.close()
+    run.report()
 
 
 if __name__ == "__main__":
