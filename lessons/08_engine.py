@@ -574,3 +574,131 @@ class Engine:
             said.clear()
         if request.completion.finish_reason == "context" and not request.completion.tokens:
             raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {self.model.config.sequence_len}: shorten it")
+
+# %%
+#| export scripts/infer_bench
+"""How fast a model generates: cache against recomputation, one batch against one by one, and the memory bound.
+
+    python -m nanochat_lib.scripts.infer_bench                   # laptop-sized model, random weights
+    python -m nanochat_lib.scripts.infer_bench --source sft      # a trained one
+    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048
+"""
+
+# %%
+#| export scripts/infer_bench
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nanochat_lib.checkpoint import load_model
+from nanochat_lib.common import pick_device, print0, run_cli
+from nanochat_lib.engine import Engine, Request, cache_bytes
+from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.tokenizer import Tokenizer
+
+# %%
+#| export scripts/infer_bench
+#| cli infer_bench
+@dataclass
+class Settings:
+    """What to measure. Without --source a model of random weights is made: speed does not depend on what it learned."""
+
+    source: str = ""  # base, sft or rl: a checkpoint instead of random weights
+    model_tag: str | None = None
+    step: int | None = None
+    depth: int = 4
+    aspect_ratio: int = 32
+    head_dim: int = 32
+    max_seq_len: int = 256
+    vocab_size: int = 1024
+    requests: int = 64  # of mixed lengths, batched against one by one
+    questions: int = 16  # and samples of each: a step of RL
+    max_new_tokens: int = 64
+    repeats: int = 3  # rounds; each runs every contestant, and medians are shown
+    device_type: str = ""
+
+
+def medians(contestants: dict[str, Callable[[], int]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Tokens per second of each contestant (a call that returns its tokens): medians of interleaved rounds."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            begin = time.perf_counter()
+            tokens = run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rates[name].append(tokens / (time.perf_counter() - begin))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second this device reads from memory, measured on 256 MB."""
+    block = torch.ones(2**26, device=device)
+    return 2**28 * medians({"read": lambda: int(block.sum() > 0)}, 5, device)["read"]
+
+
+def infer_bench(settings: Settings) -> None:
+    """Measure generation: the cache, the batch, the memory bound."""
+    device = torch.device(pick_device(settings.device_type))
+    if settings.source:
+        model, tokenizer, _ = load_model(settings.source, device, "eval", settings.model_tag, settings.step)
+    else:
+        heads = -(-settings.depth * settings.aspect_ratio // settings.head_dim)
+        config = GPTConfig(settings.max_seq_len, settings.vocab_size, settings.depth, heads, heads,
+                           heads * settings.head_dim, "SSSL")
+        torch.manual_seed(0)
+        model, tokenizer = build_model(config, device).eval(), Tokenizer([bytes([byte]) for byte in range(256)])
+    engine, config, dice = Engine(model, tokenizer), model.config, random.Random(0)
+    engine.notable[:] = False  # nothing ends an answer early: the work is the same in every round
+    room = config.sequence_len - settings.max_new_tokens
+
+    def prompt(length: int) -> list[int]:
+        return [dice.randrange(256) for _ in range(length)]
+
+    full = prompt(config.sequence_len - 16)
+    running = engine.batch(1)
+    running.add(Request(full, temperature=0.0))
+    running.step()
+
+    def one_token() -> int:  # the same place again and again: the longest the cache gets
+        running.counts[:] = 1
+        running.step()
+        return 1
+
+    one = medians({
+        "recomputing": lambda: len(list(model.generate(full, 1, temperature=0.0))),
+        "cached": lambda: sum(one_token() for _ in range(16)),
+    }, settings.repeats, device)
+    print0(f"{config.n_layer} layers of width {config.n_embd}, {model.num_parameters():,} parameters, context "
+           f"{config.sequence_len}, {device.type}, {torch.get_num_threads()} threads")
+    print0(f"one row at {len(full)} tokens: {one['cached']:,.0f} tokens/s with the cache, {one['recomputing']:,.0f} without: "
+           f"{one['cached'] / one['recomputing']:.1f}×")
+    weights = sum(p.numel() * p.element_size() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
+    moved = weights + cache_bytes(config, 1, len(full), running.cache.store.element_size())
+    print0(f"each token reads {moved / 1e6:.1f} MB: {moved * one['cached'] / bandwidth(device):.0%} of this memory's bandwidth")
+
+    mixed = [Request(prompt(dice.randint(1, room // 2)), dice.randint(1, settings.max_new_tokens))
+             for _ in range(settings.requests)]
+    asked = [prompt(dice.randint(room // 4, room // 2)) for _ in range(settings.questions)]
+    budget = dict(num_samples=settings.questions, max_tokens=settings.max_new_tokens, top_k=50)
+
+    def run(requests: list[Request], rows: int) -> int:
+        engine.run(requests, rows)
+        return sum(len(request.completion.tokens) for request in requests)
+
+    def ask(prompts: list[list[int]]) -> int:
+        return sum(len(answer.tokens) for answers in engine.generate_many(prompts, **budget) for answer in answers)
+
+    for title, contestants in {
+        f"{settings.requests} mixed requests": {"batched": lambda: run(mixed, 256), "one by one": lambda: run(mixed, 1)},
+        f"{settings.questions} samples × {settings.questions} questions": {
+            "batched": lambda: ask(asked), "question by question": lambda: sum(ask([one]) for one in asked)},
+    }.items():
+        rates = medians(contestants, settings.repeats, device)
+        text = ", ".join(f"{rate:,.0f} tokens/s {name}" for name, rate in rates.items())
+        batched, single = rates.values()
+        print0(f"{title}: {text}: {batched / single:.1f}×")
