@@ -253,6 +253,179 @@ class PackedLoader:
                 yield self._document(unit, index, tokens, self.position)
 
 # %% [markdown]
+# ## The dial
+#
+# Everything about a run follows from one number, the depth. Its reference is a run that was tuned by hand: depth 12, batches of
+# 2¹⁹ tokens. From there:
+#
+# | | rule | why |
+# |---|---|---|
+# | width | 64 × depth, rounded up to whole heads | deep and wide grow together |
+# | tokens D | 12 × N (matrices and lm_head) | about compute-optimal (arXiv 2203.15556) |
+# | batch B | 2¹⁹ · (D / D₁₂)^0.383, to a power of two | longer runs have a larger critical batch (arXiv 2505.13738) |
+# | learning rates | × √(B / 2¹⁹) | the noise of a gradient falls with √B |
+# | weight decay | 0.28 · √(B / 2¹⁹) · D₁₂ / D | the same memory, counted in epochs (arXiv 2405.13698) |
+
+# %%
+#| export scaling
+"""The depth dial: one number fixes model, data, batch, steps and rates; and the schedules along a run."""
+
+# %%
+#| export scaling
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.gpt import GPT, GPTConfig
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH = 2**19  # tokens a step, at which the rates were tuned
+H100_FLOPS = 989e12      # dense bfloat16
+ASSUMED_MFU = 0.45       # for estimates of hours only
+DOLLARS_PER_GPU_HOUR = 3.0
+
+
+def model_config(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len: int = 2048,
+                 window_pattern: str = "SSSL", vocab_size: int = 32768) -> GPTConfig:
+    """The model of a depth: n_embd = depth × aspect_ratio, rounded up to whole heads."""
+    for name, value in (("depth", depth), ("aspect-ratio", aspect_ratio), ("head-dim", head_dim)):
+        if value < 1:
+            raise NanochatError(f"--{name} {value} makes no model: it must be at least 1")
+    heads = -(-depth * aspect_ratio // head_dim)
+    return GPTConfig(sequence_len=max_seq_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads,
+                     n_embd=heads * head_dim, window_pattern=window_pattern)
+
+
+def on_meta(config: GPTConfig) -> GPT:
+    """The model without memory: its shapes, for counting."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def scaling_params(model: GPT) -> int:
+    """N of the scaling rules: the matrices of the blocks and lm_head."""
+    counts = model.num_scaling_params()
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+# %%
+#| export scaling
+@dataclass(frozen=True)
+class Recipe:
+    """All that follows from the depth."""
+
+    depth: int
+    config: GPTConfig
+    parameters: int
+    scaling_params: int          # N
+    flops_per_token: int         # forward and backward
+    target_tokens: int           # D = ratio × N, what the rules are computed from
+    total_batch_size: int        # tokens a step
+    steps: int
+    learning_rate_scale: float   # √(B / 2¹⁹)
+    weight_decay: float          # of Muon, at the start
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run reads."""
+        return self.steps * self.total_batch_size
+
+    @property
+    def flops(self) -> float:
+        return float(self.tokens) * self.flops_per_token
+
+    def describe(self) -> dict[str, str]:
+        """The recipe in words, with what it would take on eight H100s (an estimate: at 45 % of their peak)."""
+        hours = self.flops / (8 * H100_FLOPS * ASSUMED_MFU) / 3600
+        config = self.config
+        return {
+            "model": f"depth {self.depth}, width {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
+                     f"context {config.sequence_len}, vocabulary {config.vocab_size:,}",
+            "parameters": f"{self.parameters:,} ({self.scaling_params:,} in matrices and lm_head)",
+            "tokens": f"{self.tokens:,} = {self.steps:,} steps of {self.total_batch_size:,} "
+                      f"({self.tokens / self.scaling_params:.1f} per scaling parameter)",
+            "FLOPs": f"{self.flops:.2e} ({self.flops_per_token:.2e} a token)",
+            "rates": f"× {self.learning_rate_scale:.3f}, weight decay {self.weight_decay:.4f}",
+            "on 8×H100": f"about {hours:.2f} h, {hours * 8 * DOLLARS_PER_GPU_HOUR:.2f} dollars at "
+                         f"{DOLLARS_PER_GPU_HOUR:.0f} a GPU hour and {ASSUMED_MFU:.0%} of peak",
+        }
+
+
+def optimal_batch_size(tokens: float, reference_tokens: float) -> int:
+    """Tokens a step for a run of D tokens: a power of two near 2¹⁹ · (D / D₁₂)^0.383 (arXiv 2505.13738)."""
+    return 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** 0.383))
+
+# %%
+#| export scaling
+def recipe(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len: int = 2048,
+           window_pattern: str = "SSSL", vocab_size: int = 32768, target_param_data_ratio: float = 12,
+           num_iterations: int = -1, target_flops: float = -1, total_batch_size: int = -1,
+           weight_decay: float = 0.28) -> Recipe:
+    """Everything from the depth; what is given (not −1) overrules. Steps: given, else from FLOPs, else D // B."""
+    shape = dict(aspect_ratio=aspect_ratio, head_dim=head_dim, max_seq_len=max_seq_len, window_pattern=window_pattern,
+                 vocab_size=vocab_size)
+    model = on_meta(model_config(depth, **shape))
+    params = scaling_params(model)
+    if target_param_data_ratio <= 0 and (num_iterations < 0 and target_flops < 0 or total_batch_size < 0):
+        raise NanochatError(f"--target-param-data-ratio {target_param_data_ratio} gives no tokens: it must be above 0")
+    ratio = target_param_data_ratio if target_param_data_ratio > 0 else 12
+    tokens = int(ratio * params)
+    reference = ratio * scaling_params(on_meta(model_config(REFERENCE_DEPTH, **shape)))
+    batch = total_batch_size if total_batch_size > 0 else optimal_batch_size(tokens, reference)
+    scale = math.sqrt(batch / REFERENCE_BATCH)
+    flops_per_token = model.estimate_flops()
+    if num_iterations >= 0:
+        steps = num_iterations
+    elif target_flops > 0:
+        steps = round(target_flops / (flops_per_token * batch))
+    else:
+        steps = tokens // batch
+    if steps < 1:
+        raise NanochatError(f"the run would have {steps} steps of {batch:,} tokens: give --num-iterations of at least 1, "
+                            "a smaller --total-batch-size or a larger budget")
+    return Recipe(depth, model.config, model.num_parameters(), params, flops_per_token, tokens, batch, steps, scale,
+                  weight_decay * scale * reference / tokens)
+
+
+# %% [markdown]
+# ## Schedules
+#
+# Rates rise for 40 steps (at most a tenth of a short run), stay, and fall in a straight line over the last 65 %.
+# Muon's momentum rises with them and falls at the end; its weight decay goes to zero on a cosine.
+
+# %%
+#| export scaling
+def warmup_of(steps: int, warmup_steps: int = 40) -> int:
+    """Warm-up of a run: never longer than a tenth of it, or a short run would never reach its rate."""
+    return min(warmup_steps, steps // 10)
+
+
+def learning_rate_multiplier(step: int, steps: int, warmup_steps: int = 40, warmdown_ratio: float = 0.65,
+                             final_lr_frac: float = 0.05) -> float:
+    """Factor on every learning rate at `step` (0-based) of `steps`: up, flat, down."""
+    warmdown = round(warmdown_ratio * steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if step <= steps - warmdown or warmdown == 0:
+        return 1.0
+    left = (steps - step) / warmdown
+    return left + (1 - left) * final_lr_frac
+
+
+def muon_momentum(step: int, steps: int, warmdown_ratio: float = 0.65) -> float:
+    """0.85 → 0.97 over 400 steps; 0.97 → 0.90 over the warm-down (the lower where a short run has both at once)."""
+    rising = 0.85 + 0.12 * min(step / 400, 1)
+    warmdown = round(warmdown_ratio * steps)
+    done = max(step - (steps - warmdown), 0) / warmdown if warmdown else 0
+    return min(rising, 0.97 - 0.07 * min(done, 1))
+
+
+def weight_decay_at(step: int, steps: int) -> float:
+    """Factor on Muon's weight decay: from 1 to 0 on a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+
+# %% [markdown]
 # ## Checkpoints: a run that nothing can kill
 #
 # A run of hours is stopped sooner or later: a full disk, a lost node, an impatient hand. A checkpoint has to be whole or not
@@ -490,3 +663,508 @@ def write_result(name: str, **values: Any) -> None:
     """What a stage measured, for the report: report/result_{name}.json, written by the main process."""
     if is_main_process():
         write_json(base_dir() / "report" / f"result_{name}.json", values)
+
+# %% [markdown]
+# ## What every training loop shares
+#
+# Chat training (lesson 09) and reinforcement learning (lesson 10) step like pretraining does: sum the gradients of a few
+# micro-batches, set this step's rates, let the optimizer step. Four things can go wrong, and each has its place here:
+# a batch that does not divide, float16 that underflows, a compiler that is missing, a loss that is no number.
+
+# %%
+#| export training
+"""What all training loops share: micro-batches, rates of a step, float16 scaling, compiling, and a loss that is no number."""
+
+# %%
+#| export training
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from nanochat_lib.common import NanochatError, all_reduce_sum, print0, write_aside
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
+
+
+def divide_batch(total: int, device_batch: int, seq_len: int, world_size: int) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches a step) for `total` tokens a step over all processes.
+
+    A device batch that does not divide is made smaller, which changes memory and speed but not the result.
+    """
+    if device_batch < 1:
+        raise NanochatError(f"--device-batch-size {device_batch}: it must be at least 1")
+    rows, rest = divmod(total, seq_len * world_size)
+    if rest or rows < 1:
+        raise NanochatError(f"--total-batch-size {total} is not a multiple of context {seq_len} × {world_size} processes "
+                            f"= {seq_len * world_size}: give {max(rows, 1) * seq_len * world_size}")
+    smaller = max(size for size in range(1, min(device_batch, rows) + 1) if rows % size == 0)
+    if smaller != device_batch:
+        print0(f"device batch {device_batch} → {smaller}: with context {seq_len} and {world_size} processes it must "
+               f"divide {total} tokens")
+    return smaller, rows // smaller
+
+
+def set_rates(optimizer: Any, multiplier: float, momentum: float | None = None, weight_decay: float = 1.0) -> None:
+    """Scale every group's first learning rate; for Muon also set momentum and scale the first weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier
+        if group["kind"] == "muon":
+            group["momentum"] = group["momentum"] if momentum is None else momentum
+            group["weight_decay"] = group.setdefault("initial_weight_decay", group["weight_decay"]) * weight_decay
+
+# %% [markdown]
+# float16 has 5 bits of exponent: small gradients vanish. So the loss is multiplied by a large number before `backward` and
+# the gradients divided by it after; when one overflows, all ranks skip the step and halve the number.
+
+# %%
+#| export training
+class LossScaler:
+    """Dynamic loss scaling for float16 (arXiv 1710.03740); for other dtypes it does nothing."""
+
+    def __init__(self, dtype: torch.dtype, state: dict | None = None, patience: int = 2000):
+        self.enabled, self.patience = dtype == torch.float16, patience
+        self.scale, self.good_steps = (state["scale"], state["good_steps"]) if state else (2.0**16, 0)
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * self.scale if self.enabled else loss).backward()
+
+    def step(self, optimizer: Any) -> bool:
+        """Step unless a gradient of any process overflowed; says whether it did."""
+        if self.enabled:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.scale)
+            finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+            if all_reduce_sum((~finite).float()).item():
+                self.scale, self.good_steps = self.scale / 2, 0
+                return False
+            self.good_steps += 1
+            if self.good_steps % self.patience == 0:
+                self.scale *= 2
+        optimizer.step()
+        return True
+
+
+def accumulate(model: torch.nn.Module, batches: Iterator, micro_batches: int, scaler: LossScaler,
+               after_each: Callable[[], Any] = lambda: None) -> float:
+    """Gradients of the mean loss over several micro-batches of (inputs, targets); returns that mean over all ranks."""
+    total, world_size = 0.0, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    for _ in range(micro_batches):
+        loss = model(*next(batches)) / micro_batches
+        scaler.backward(loss)
+        total = total + loss.detach()
+        after_each()
+    return all_reduce_sum(total).item() / world_size
+
+# %%
+#| export training
+def check_loss(loss: float, step: int, optimizer: Any, directory: Path) -> None:
+    """Stop a run whose loss is no number before it spoils the weights; says which gradients blew up."""
+    if math.isfinite(loss):
+        return
+    norms = {group.get("name", index): sum(p.grad.float().square().sum().item() for p in group["params"]
+                                           if p.grad is not None) ** 0.5
+             for index, group in enumerate(optimizer.param_groups)}
+    worst = ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items())
+    raise NanochatError(f"the loss is {loss} at step {step}: stopped ({last_good(directory)}); norms of the gradients: {worst}")
+
+
+def check_weights(model: torch.nn.Module, step: int, directory: Path) -> None:
+    """Refuse to save weights that hold no numbers."""
+    bad = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if bad:
+        raise NanochatError(f"{bad[0]} is not finite at step {step}: stopped ({last_good(directory)})")
+
+
+def last_good(directory: Path) -> str:
+    """Which checkpoint to go back to, in words."""
+    steps = sorted(int(path.stem[5:]) for path in Path(directory).glob("meta_*.json"))
+    return (f"last good checkpoint: step {steps[-1]} in {directory}; go on with --resume-from-step={steps[-1]} "
+            "and lower rates" if steps else "there is no checkpoint yet: start again with lower rates")
+
+
+def compiled(model: torch.nn.Module, batch: tuple, wanted: bool | None, flops: float) -> torch.nn.Module:
+    """The model through torch.compile if wanted (None: if the run of so many FLOPs is long enough to pay for it).
+
+    Where compiling fails, for want of a C++ compiler say, one line tells so and the model stays as it is.
+    """
+    device = batch[0].device.type
+    rate, enough = {"cuda": (3e14, 60), "cpu": (4e10 * (psutil.cpu_count(False) or 1), 600)}.get(device, (1.0, math.inf))
+    if not (flops / rate > enough if wanted is None else wanted):
+        return model
+    try:
+        fast = torch.compile(model, dynamic=False)
+        fast(*batch).backward()
+        return fast
+    except Exception as error:
+        torch._dynamo.reset()
+        print0(f"torch.compile does not work here ({str(error).strip().splitlines()[0][:150]}): going on without it")
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the lines of a metrics file from `step` on (and a torn last one): a resumed run writes them again."""
+    if not Path(path).exists():
+        return
+    kept = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            kept += [line] if json.loads(line).get("step", -1) < step else []
+        except ValueError:
+            continue
+    with write_aside(path) as aside:
+        aside.write_text("".join(line + "\n" for line in kept))
+
+# %% [markdown]
+# ## The run
+#
+# Settings first. The flags and their defaults are nanochat's; `--dry-run` prints the recipe and stops.
+
+# %%
+#| export scripts/base_train
+"""Pretraining: the whole recipe follows from --depth. Alone, or under torchrun on any number of processes."""
+
+# %%
+#| export scripts/base_train
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+
+from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, gather, load_optimizer, load_weights,
+                                     prepare_directory, read_meta, save_checkpoint, steps_in, write_result)
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, is_main_process, peak_memory_bytes,
+                                 print0, progress, run_cli, start)
+from nanochat_lib.dataloader import PackedLoader
+from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
+from nanochat_lib.gpt import GPT, build_model
+from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
+from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
+from nanochat_lib.training import (PEAK_FLOPS, LossScaler, accumulate, check_loss, check_weights, compiled, divide_batch,
+                                   set_rates, trim_metrics)
+
+EVAL_TOKENS = 41943040     # 80 × 524,288
+CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
+Flag = tyro.conf.FlagCreatePairsOff
+
+
+@dataclass
+class BaseTrain:
+    """Settings of pretraining. −1: follows from the depth, or never."""
+
+    run: str = "dummy"                 # name of the run at Weights & Biases; dummy: none
+    device_type: str = ""              # cuda, mps or cpu; empty: the best there is
+    data_dir: str = ""                 # folder of parquet shards; empty: the downloaded corpus
+    eval_bundle: str = ""              # folder of CORE's tasks; empty: the real ones, downloaded
+    fp8: Annotated[bool, Flag] = False  # FP8 matrix products (CUDA)
+    fp8_recipe: str = "tensorwise"
+    compile: Annotated[bool, Flag] = False     # use torch.compile; neither flag: where it pays
+    no_compile: Annotated[bool, Flag] = False  # do not
+    # model
+    depth: int = 20
+    aspect_ratio: int = 64             # n_embd = depth × aspect_ratio, up to whole heads
+    head_dim: int = 128
+    max_seq_len: int = 2048
+    window_pattern: str = "SSSL"       # L: full context, S: a quarter; tiled over the layers
+    # length of the run: the first of these that is given
+    num_iterations: int = -1
+    target_flops: float = -1.0
+    target_param_data_ratio: float = 12
+    # optimizer
+    device_batch_size: int = 32        # rows of a micro-batch on each device
+    total_batch_size: int = -1         # tokens a step
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    weight_decay: float = 0.28
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    final_lr_frac: float = 0.05
+    resume_from_step: int = -1
+    resume: Annotated[bool, Flag] = False      # go on from the newest checkpoint of this tag, if there is one
+    # evaluation
+    eval_every: int = 250
+    eval_tokens: int = EVAL_TOKENS
+    core_metric_every: int = 2000
+    core_metric_max_per_task: int = 500
+    sample_every: int = 2000
+    save_every: int = -1               # −1: only at the end
+    # output
+    model_tag: str = ""                # default d{depth}
+    dry_run: Annotated[bool, Flag] = False     # print the recipe and stop
+
+# %%
+#| export scripts/base_train
+def recipe_of(settings: BaseTrain, vocab_size: int) -> Recipe:
+    """The recipe that these settings mean; each field of `recipe` is a flag of the same name."""
+    names = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "target_param_data_ratio",
+             "num_iterations", "target_flops", "total_batch_size", "weight_decay")
+    return recipe(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
+
+
+def check_settings(settings: BaseTrain, runtime: Runtime) -> None:
+    """What cannot work is said before any work is done."""
+    if settings.fp8:
+        raise NanochatError("--fp8 needs a CUDA device, and here is " + runtime.device.type if runtime.device.type != "cuda"
+                            else "--fp8 is not built yet: leave it away to train in bfloat16")
+    if settings.fp8_recipe not in ("tensorwise", "rowwise"):
+        raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise or rowwise")
+    if settings.compile and settings.no_compile:
+        raise NanochatError("--compile and --no-compile exclude each other: give one, or none to decide by the run's length")
+    if not 0 <= settings.warmdown_ratio <= 1:
+        raise NanochatError(f"--warmdown-ratio {settings.warmdown_ratio} is not a part of the run: give 0 … 1")
+
+
+def sample_prompts(eval_bundle: str = "") -> list[str]:
+    """Beginnings for a base model to continue: questions about the world's people, where the bundle is the world's."""
+    if eval_bundle:
+        tasks = [task for task in read_bundle(eval_bundle) if task.label.startswith("world")]
+        prompts = [item["context"] for task in tasks if task.kind == "language_modeling" for item in read_items(task, 3)]
+        if prompts:
+            return prompts
+    return ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
+            "If yesterday was Friday, then tomorrow will be", "The planets of the solar system are:"]
+
+
+def draw_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_tokens: int = 16) -> list[str]:
+    """Each prompt with the model's greedy continuation, up to <|bos|>."""
+    samples, bos = [], tokenizer.get_bos_token_id()
+    for prompt in prompts:
+        tokens = tokenizer.encode(prompt, prepend=bos)
+        with torch.inference_mode():
+            for token in model.generate(tokens[:], max_tokens, temperature=0.0):
+                if token == bos:
+                    break
+                tokens.append(token)
+        samples.append(tokenizer.decode(tokens[1:]))
+    return samples
+
+# %% [markdown]
+# A run is its model, optimizer and loader, and a little state of the loop. All of it goes into a checkpoint, so all of it
+# comes back.
+
+# %%
+#| export scripts/base_train
+class Run:
+    """A pretraining run at some step: what the loop below calls, in the order it calls it."""
+
+    def __init__(self, settings: BaseTrain, runtime: Runtime, tokenizer: Tokenizer, dial: Recipe):
+        self.settings, self.runtime, self.tokenizer, self.dial = settings, runtime, tokenizer, dial
+        self.directory = checkpoint_directory("base", settings.model_tag or f"d{settings.depth}")
+        device_batch, seq_len = settings.device_batch_size, dial.config.sequence_len
+        if runtime.device.type == "cpu":
+            device_batch = min(device_batch, max(CPU_MICRO_TOKENS // seq_len, 1))
+        self.rows, self.micro_batches = divide_batch(dial.total_batch_size, device_batch, seq_len, runtime.world_size)
+        self.step, self.seconds, self.bpb_curve, self.eval_batches = 0, 0.0, [], 0
+        meta = self.find_resume()
+        self.loader = self.make_loader("train", meta.get("loader"))
+        self.validation = self.make_loader("val")
+        self.orig_model = build_model(dial.config, runtime.device)
+        self.optimizer = self.make_optimizer()
+        self.scaler = LossScaler(compute_dtype(runtime.device), meta.get("scaler"))
+        self.token_bytes = tokenizer.token_bytes().to(runtime.device)
+        if meta:
+            load_weights(self.orig_model, self.directory, self.step)
+            load_optimizer(self.directory, self.step, self.optimizer)
+        prepare_directory(self.directory, runtime, self.step if meta else -1)
+        trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
+        self.metrics = MetricsLog(self.directory / "metrics.jsonl", settings.run, dataclasses.asdict(settings))
+        self.model = self.compile()
+
+    def find_resume(self) -> dict:
+        """The metadata of the checkpoint to go on from, its loop state taken over; {} for a run from the start."""
+        step, steps = self.settings.resume_from_step, steps_in(self.directory)
+        if step >= 0 and step not in steps:
+            raise NanochatError(f"no checkpoint of step {step} in {self.directory}: there are {steps or 'none'}")
+        if step < 0 and not (self.settings.resume and steps):
+            return {}
+        self.step = steps[-1] if step < 0 else step
+        meta = read_meta(self.directory, self.step)
+        check_tokenizer(meta, self.tokenizer, self.directory)
+        if meta["model_config"] != dataclasses.asdict(self.dial.config):
+            raise NanochatError(f"{self.directory} holds a model of other settings ({meta['model_config']}): "
+                                "give the same ones, or another --model-tag")
+        loop = meta["loop"]
+        self.seconds, self.bpb_curve, self.eval_batches = loop["seconds"], loop["bpb_curve"], loop["eval_batches"]
+        print0(f"going on from step {self.step} in {self.directory}")
+        return meta
+
+    def make_loader(self, split: str, state: list | None = None) -> PackedLoader:
+        return PackedLoader(self.tokenizer, self.rows, self.dial.config.sequence_len, split, self.settings.data_dir,
+                            self.runtime.rank, self.runtime.world_size, self.runtime.device, state)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        settings, scale = self.settings, self.dial.learning_rate_scale
+        return self.orig_model.setup_optimizer(
+            unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
+            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale, weight_decay=self.dial.weight_decay)
+
+    def compile(self) -> torch.nn.Module:
+        wanted = True if self.settings.compile else False if self.settings.no_compile else None
+        inputs = torch.zeros(self.rows, self.dial.config.sequence_len, dtype=torch.long, device=self.runtime.device)
+        left = self.dial.flops * (1 - self.step / self.dial.steps) / self.runtime.world_size
+        return compiled(self.orig_model, (inputs, inputs), wanted, left)
+
+    def train_step(self, bar) -> None:
+        """One step of the optimizer: gradients of all micro-batches, rates of this step, update."""
+        settings, steps, started = self.settings, self.dial.steps, time.perf_counter()
+        tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
+        loss = accumulate(self.model, self.loader, self.micro_batches, self.scaler, lambda: bar.update(tokens))
+        check_loss(loss, self.step, self.optimizer, self.directory)
+        multiplier = learning_rate_multiplier(self.step, steps, warmup_of(steps, settings.warmup_steps),
+                                              settings.warmdown_ratio, settings.final_lr_frac)
+        set_rates(self.optimizer, multiplier, muon_momentum(self.step, steps, settings.warmdown_ratio),
+                  weight_decay_at(self.step, steps))
+        self.scaler.step(self.optimizer)
+        self.model.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.metrics.log(step=self.step, loss=loss, lr=multiplier * settings.matrix_lr * self.dial.learning_rate_scale,
+                         tok_per_sec=round(self.dial.total_batch_size / seconds), epoch=self.loader.position[0],
+                         **self.utilization(seconds))
+        bar.set_postfix_str(f"step {self.step}/{steps}, loss {loss:.3f}", refresh=False)
+        self.step += 1
+
+    def utilization(self, seconds: float) -> dict[str, float]:
+        """{"mfu": part of the chips' peak that was used}, where the peak is known."""
+        name = torch.cuda.get_device_name() if self.runtime.device.type == "cuda" else ""
+        peak = next((value for chip, value in PEAK_FLOPS.items() if chip in name), 0)
+        flops = self.dial.flops_per_token * self.dial.total_batch_size / seconds / self.runtime.world_size
+        return {"mfu": round(flops / peak, 4)} if peak else {}
+
+    def save(self) -> None:
+        if self.step in steps_in(self.directory):
+            return  # resumed here
+        check_weights(self.orig_model, self.step, self.directory)
+        loop = {"seconds": self.seconds, "bpb_curve": self.bpb_curve, "eval_batches": self.eval_batches}
+        meta = {"tokenizer": self.tokenizer.fingerprint, "settings": dataclasses.asdict(self.settings),
+                "total_batch_size": self.dial.total_batch_size, "device_batch_size": self.rows, "loop": loop,
+                "scaler": self.scaler.state(), "loader": gather(self.loader.state())}
+        save_checkpoint(self.directory, self.step, self.orig_model, self.optimizer, meta, self.runtime)
+
+    def evaluate_bpb(self) -> None:
+        """Bits per byte on the validation split, always on the same rows."""
+        self.eval_batches = self.eval_batches or self.size_evaluation()
+        self.validation.rewind()
+        self.orig_model.eval()
+        bpb = evaluate_bpb(self.model, self.validation, self.eval_batches, self.token_bytes)
+        self.orig_model.train()
+        self.bpb_curve.append([self.step, bpb])
+        self.metrics.log(step=self.step, bpb=bpb)
+        speed = f", {self.step * self.dial.total_batch_size / self.seconds:,.0f} tokens/s" if self.seconds else ""
+        print0(f"step {self.step:5}/{self.dial.steps}: validation bits per byte {bpb:.4f}{speed}")
+
+    def size_evaluation(self) -> int:
+        """Batches of an evaluation: --eval-tokens rounded up; the default is cut to fit the run and the machine."""
+        tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
+        if self.settings.eval_tokens < tokens:
+            print0(f"--eval-tokens {self.settings.eval_tokens} is less than a batch: evaluating one batch, {tokens} tokens")
+        wanted = max(-(-self.settings.eval_tokens // tokens), 1)
+        if self.settings.eval_tokens != EVAL_TOKENS:
+            return wanted
+        wanted = min(wanted, max(self.dial.tokens // 10 // tokens, 1))
+        if self.runtime.device.type != "cuda":  # at most about five seconds each
+            started = time.perf_counter()
+            evaluate_bpb(self.model, self.validation, 1, self.token_bytes)
+            wanted = min(wanted, max(round(5 / (time.perf_counter() - started)), 1))
+        wanted = gather(wanted)[0]  # the main process decides
+        print0(f"evaluating on {wanted * tokens:,} tokens")
+        return wanted
+
+    def evaluate_core(self) -> None:
+        self.orig_model.eval()
+        core = evaluate_core(self.orig_model, self.tokenizer, self.runtime.device, self.settings.eval_bundle or None,
+                             self.settings.core_metric_max_per_task)
+        self.orig_model.train()
+        self.metrics.log(step=self.step, core_metric=core["core_metric"], centered_results=core["centered_results"])
+        print0(f"step {self.step:5}: CORE {core['core_metric']:.4f}")
+
+    def sample(self) -> None:
+        if self.runtime.is_main:
+            self.orig_model.eval()
+            for text in draw_samples(self.orig_model, self.tokenizer, sample_prompts(self.settings.eval_bundle)):
+                print0("  " + " ".join(text.split()))
+            self.orig_model.train()
+
+    def report(self) -> None:
+        """What the run measured, for the report."""
+        curve = self.bpb_curve
+        write_result("base", bpb_start=curve[0][1] if curve else None, bpb=curve[-1][1] if curve else None,
+                     bpb_curve=curve, tokens=self.dial.tokens, parameters=self.dial.parameters, steps=self.dial.steps,
+                     depth=self.dial.depth, flops=self.dial.flops, seconds=round(self.seconds, 2),
+                     tok_per_sec=round(self.dial.tokens / self.seconds) if self.seconds else None,
+                     peak_memory_gib=round(peak_memory_bytes(self.runtime.device) / 2**30, 2))
+
+# %% [markdown]
+# The loop. A checkpoint is saved *before* the evaluation of its step: an evaluation needs files that may be missing and a network that may be
+# down, and no evaluation is worth a run. One that fails is reported, and training goes on.
+
+# %%
+#| export scripts/base_train
+#| cli base_train
+def evaluations(run: Run) -> Iterator:
+    """The evaluations that are due at this step."""
+    settings, last = run.settings, run.step == run.dial.steps
+
+    def due(every: int) -> bool:
+        return every > 0 and (last or run.step % every == 0)
+
+    if due(settings.eval_every):
+        yield run.evaluate_bpb
+    if run.step > 0 and due(settings.core_metric_every):
+        yield run.evaluate_core
+    if run.step > 0 and due(settings.sample_every):
+        yield run.sample
+
+
+def train(run: Run) -> None:
+    """Save, evaluate, step; to the end."""
+    steps, batch = run.dial.steps, run.dial.total_batch_size
+    bar = progress(total=run.dial.tokens, desc="base_train", initial=run.step * batch)
+    bar.unit, bar.unit_scale = " tokens", True
+    while True:
+        if run.step == steps or run.settings.save_every > 0 and run.step > 0 and run.step % run.settings.save_every == 0:
+            run.save()
+        for evaluation in evaluations(run):
+            try:
+                evaluation()
+            except NanochatError as error:
+                print0(f"step {run.step}: an evaluation could not run, training is not affected: {error}")
+        if run.step == steps:
+            break
+        run.train_step(bar)
+    bar.close()
+    run.metrics.close()
+    run.report()
+    print0(f"trained {run.dial.parameters:,} parameters on {run.dial.tokens:,} tokens: {run.directory}")
+
+
+def base_train(settings: BaseTrain) -> None:
+    """Pretrain a base model; its size, data, batch and rates follow from --depth."""
+    if settings.dry_run:
+        try:
+            vocab_size = load_tokenizer().get_vocab_size()
+        except NanochatError:
+            vocab_size = 32768
+        return print(*(f"{name:12} {value}" for name, value in recipe_of(settings, vocab_size).describe().items()), sep="\n")
+    runtime = start(settings.device_type)
+    check_settings(settings, runtime)
+    tokenizer = load_tokenizer()
+    dial = recipe_of(settings, tokenizer.get_vocab_size())
+    for name, value in dial.describe().items():
+        print0(f"{name:12} {value}")
+    train(Run(settings, runtime, tokenizer, dial))
