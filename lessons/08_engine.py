@@ -158,6 +158,7 @@ class KVCache:
         self.allocate(source.store[0, 0].transpose(1, 2))
         index, end = torch.tensor(rows, device=source.store.device), source.longest
         self.store[:, :, at:at + len(rows), :, :end] = source.store[:, :, :, :, :end].index_select(2, index)
+        self.longest = max(self.longest, end)
         previous = source.previous[index]
         self.previous = torch.cat((self.previous[:at], previous)) if at else previous
 
