@@ -1,0 +1,211 @@
+"""The web chat and the notebook's chat box in a real browser (Debian's chromium, driven by playwright)."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from scripted import scripted_model, serving, until
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+SECONDS = 30_000  # how long playwright waits for anything, in milliseconds
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not Path(CHROMIUM).exists():
+        reason = f"no {CHROMIUM}: apt-get install -y chromium"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(url, **context settings) → a page; requests to other hosts and errors of its scripts fail the test."""
+    contexts, wrong = [], []
+
+    def open_page(url, **settings):
+        contexts.append(browser.new_context(**settings))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(SECONDS)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: request.url.startswith((url, "data:")) or wrong.append(request.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong, wrong
+
+
+@pytest.fixture
+def server(make_model, tokenizer):
+    with serving(scripted_model(make_model, tokenizer, pause=0.005), max_tokens=900) as (url, pool):
+        yield url, pool
+
+
+def say(page, text):
+    page.fill("#entry", text)
+    page.press("#entry", "Enter")
+
+
+def answers(page):
+    """What the model said, without notes, once it has ended."""
+    page.wait_for_selector(".writing", state="detached")
+    return [box.inner_text().split("\n")[0] for box in page.query_selector_all(".assistant")]
+
+
+def test_page_streams_shows_tools_escapes_and_remembers(server, open_page):
+    url, pool = server
+    page = open_page(url)
+    page.wait_for_selector("#model:has-text('sft-d3')")
+    say(page, "sum")
+    assert answers(page) == ["So 12/43 are 3 pies."]  # the signs of calls and results are not text
+    assert page.inner_text(".tool.python") == "12/4" and page.inner_text(".tool.python_output") == "3"
+    assert page.eval_on_selector(".tool.python", "node => getComputedStyle(node, '::before').content") == '"calc "'
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "markup")
+    history = json.loads(sent.value.post_data)["messages"]
+    assert [message["role"] for message in history] == ["user", "assistant", "user"]
+    assert [part["type"] for part in history[1]["content"]] == ["text", "python", "python_output", "text"]
+    assert "<script>" in answers(page)[1] and page.title() == "nanochat" and not page.query_selector("main b, main img")
+    page.click("text=Answer again")
+    assert len(answers(page)) == 2 and "tokens" in page.inner_text(".assistant:last-child .note")
+    page.click("#clear")
+    assert not page.query_selector(".message") and page.is_visible("#empty")
+
+
+def test_page_stops_within_a_token_and_two_tabs_do_not_mix(server, open_page):
+    url, pool = server
+    one, two = open_page(url), open_page(url)
+    say(one, "long")
+    until(lambda: len(one.inner_text(".assistant")) > 40)
+    say(two, "hello")
+    assert answers(two) == ["You said: hello (né 日本)"]
+    assert one.is_visible("#stop") and not one.is_visible("#send")
+    one.click("#stop")
+    one.wait_for_selector("text=stopped")
+    said = answers(one)[0]
+    until(lambda: pool.stats()["running"] == 0)
+    assert pool.stats()["stopped"] == 1 and said.startswith("word word") and answers(one)[0] == said
+    say(one, "again")
+    assert answers(one)[1] == "You said: again (né 日本)"
+
+
+def test_page_shows_errors_and_can_try_again(server, open_page):
+    url, _ = server
+    page = open_page(url)
+    say(page, "fail")
+    page.wait_for_selector(".error")
+    assert "the model failed: RuntimeError" in page.inner_text(".error")
+    say(page, "x" * 8001)
+    page.wait_for_selector(".error:has-text('8,000')")
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    say(page, "hello")
+    page.wait_for_selector(".error:has-text('cannot be reached')")
+    page.unroute("**/v1/chat/completions")
+    page.click("text=Try again")
+    assert answers(page) == ["You said: hello (né 日本)"] and not page.query_selector(".error")
+
+
+def test_page_settings_phone_and_dark(server, open_page):
+    url, _ = server
+    page = open_page(url, viewport={"width": 375, "height": 667}, color_scheme="dark")
+    page.click("#open")
+    page.fill("#max_tokens", "3")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "hello")
+    body = json.loads(sent.value.post_data)
+    assert (body["max_tokens"], body["temperature"], body["top_k"]) == (3, 0.8, 50)
+    page.wait_for_selector("text=cut at the longest length")
+    say(page, "y" * 300)
+    answers(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    red, green, blue = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
+    assert max(red, green, blue) < 60
+    page.reload()
+    page.click("#open")
+    assert page.input_value("#max_tokens") == "3", "settings are kept"
+
+
+NOTEBOOK = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import TEXTS
+from scripted import ScriptedEngine, usual
+from nanochat_lib.chat import ChatModel, ChatSession
+from nanochat_lib.chat_box import ChatBox
+from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.tokenizer import Tokenizer
+tokenizer = Tokenizer.train_from_iterator(iter(TEXTS), 309)
+config = GPTConfig(sequence_len=1024, vocab_size=309, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+engine = ScriptedEngine(build_model(config, "cpu").eval(), tokenizer, usual(tokenizer), pause=0.02)
+box = ChatBox(ChatSession(ChatModel(engine, tokenizer, "sft", "sft-d2", 1024)))
+box
+"""
+
+
+@pytest.fixture
+def lab(tmp_path, base_dir):
+    """URL of JupyterLab on a folder with one notebook, chat.ipynb."""
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(tests=str(Path(__file__).parent)).strip())
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "chat.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1",
+               "--IdentityProvider.token=", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={tmp_path}",
+               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(tmp_path / "lab.log", "wb") as log:
+        environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_PREFER_ENV_PATH": "1"}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
+    try:
+        until(lambda: process.poll() is not None or not socket.socket().connect_ex(("127.0.0.1", port)), seconds=60)
+        assert process.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_notebook_chat_in_jupyterlab(lab, browser):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(90_000)
+    page.goto(f"{lab}/lab/tree/chat.ipynb")
+    page.click(".jp-CodeCell .cm-content")
+    page.keyboard.press("Shift+Enter")
+    entry = page.wait_for_selector('input[placeholder="say something, then Enter"]')
+    entry.fill("sum")
+    entry.press("Enter")
+    page.wait_for_selector(".chat-assistant .python_output")
+    assert page.inner_text(".chat-assistant .python") == "calc 12/4"
+    page.wait_for_selector("text=tokens/s, stop")
+    entry.fill("long")
+    entry.press("Enter")
+    page.wait_for_selector(".chat-assistant >> nth=1 >> text=/word word word/")
+    started = time.monotonic()
+    page.click("button:has-text('stop')")
+    page.wait_for_selector("text=tokens/s, stopped")
+    assert time.monotonic() - started < 10, "500 words take longer than that"
+    entry.fill("fail")
+    entry.press("Enter")
+    page.wait_for_selector(".chat-error:has-text('out of luck')")
+    page.click("button:has-text('clear')")
+    page.wait_for_selector(".chat-user", state="detached")
+    page.close()
