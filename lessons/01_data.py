@@ -669,6 +669,8 @@ class Teller:
 
     def __init__(self, world: World, seed: int):
         self.world, self.dice = world, Dice(seed)
+        self.open_facts = [fact for fact in world.facts if world.may_ask(*fact[:2])]
+        self.open_words = [each for each in WORDS if each not in world.held_words]
         self._piles = {}
 
     def draw(self, pile: str, items) -> object:
@@ -685,7 +687,7 @@ class Teller:
 
     def open_fact(self):
         """A fact that documents may ask about."""
-        return self.draw("open facts", [fact for fact in self.world.facts if self.world.may_ask(*fact[:2])])
+        return self.draw("open facts", self.open_facts)
 
     def say(self, name: str, attribute: str, forms: str) -> str:
         """A sentence; `forms` names a field of Wording: statements, pronoun, reverse, first."""
@@ -915,9 +917,8 @@ def spelling(t: Teller) -> str:
 def counting(t: Teller) -> str:
     """How often a letter is in a word, worked out letter by letter."""
     lines = []
-    open_words = [each for each in WORDS if each not in t.world.held_words]
     for _ in range(3):
-        each = t.draw("counted words", open_words)
+        each = t.draw("counted words", t.open_words)
         sign = t.dice.pick(each) if t.dice.chance(0.8) else t.dice.pick("abcdefghijklmnoprstuwy")
         lines.append(f"How many {sign} are in {each}? {count_letter(each, sign)} #### {each.count(sign)}")
     return "\n".join(lines)
