@@ -1168,3 +1168,105 @@ def base_train(settings: BaseTrain) -> None:
     for name, value in dial.describe().items():
         print0(f"{name:12} {value}")
     train(Run(settings, runtime, tokenizer, dial))
+
+# %% [markdown]
+# ## How good is it?
+#
+# `base_eval` asks the finished model everything lesson 06 can ask, and leaves a table as CSV beside a `result_base_eval.json`.
+
+# %%
+#| export scripts/base_eval
+"""Evaluation of a base model: CORE, bits per byte of both splits, samples. Alone or under torchrun."""
+
+# %%
+#| export scripts/base_eval
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_lib.checkpoint import load_model, write_result
+from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start, write_aside
+from nanochat_lib.dataloader import PackedLoader
+from nanochat_lib.evaluation import evaluate_bpb, evaluate_core
+from nanochat_lib.gpt import GPT
+from nanochat_lib.scripts.base_train import draw_samples, sample_prompts
+from nanochat_lib.tokenizer import Tokenizer
+
+PARTS = ("core", "bpb", "sample")
+SPLIT_TOKENS = 40 * 524288
+CPU_SPLIT_TOKENS = 65536  # what the default becomes without a GPU: half a minute instead of hours
+
+
+@dataclass
+class BaseEval:
+    """What to evaluate, and how much of it."""
+
+    eval: str = "core,bpb,sample"   # parts, separated by commas
+    model_tag: str = ""             # default: the newest of the deepest models
+    step: int = -1                  # −1: its last checkpoint
+    max_per_task: int = -1          # questions of each CORE task; −1: all
+    device_batch_size: int = 32
+    split_tokens: int = SPLIT_TOKENS  # tokens of each split for bits per byte
+    device_type: str = ""
+    data_dir: str = ""
+    eval_bundle: str = ""
+
+
+def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
+    """{"train": bits per byte, "val": …} over --split-tokens each, rounded up to a batch."""
+    wanted, context = settings.split_tokens, model.config.sequence_len
+    rows = settings.device_batch_size
+    if runtime.device.type != "cuda":
+        wanted = CPU_SPLIT_TOKENS if wanted == SPLIT_TOKENS else wanted
+        rows = min(rows, max(8192 // context, 1))
+    batch = rows * context * runtime.world_size
+    if wanted < batch:
+        print0(f"--split-tokens {wanted} is less than a batch: evaluating one batch, {batch} tokens")
+    bpb = {}
+    for split in ("train", "val"):
+        loader = PackedLoader(tokenizer, rows, context, split, settings.data_dir, runtime.rank, runtime.world_size,
+                              runtime.device)
+        bpb[split] = evaluate_bpb(model, loader, max(-(-wanted // batch), 1), tokenizer.token_bytes().to(runtime.device))
+        print0(f"bits per byte, {split}: {bpb[split]:.4f}")
+    return bpb
+
+
+def write_table(path: Path, core: dict[str, Any]) -> None:
+    """CORE as CSV: a line per task, the mean last."""
+    rows = [(task, f"{core['results'][task]:.6f}", f"{value:.6f}") for task, value in core["centered_results"].items()]
+    with write_aside(path) as aside, open(aside, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("Task", "Accuracy", "Centered"), *rows,
+                                                         ("CORE", "", f"{core['core_metric']:.6f}")])
+
+# %%
+#| export scripts/base_eval
+#| cli base_eval
+def base_eval(settings: BaseEval) -> None:
+    """Evaluate a base model: CORE, bits per byte, samples. A part that cannot run is reported, the others are done."""
+    parts = [part.strip() for part in settings.eval.split(",") if part.strip()]
+    if not parts or set(parts) - set(PARTS):
+        raise NanochatError(f"--eval {settings.eval!r} is unknown: choose from {', '.join(PARTS)}, separated by commas")
+    runtime = start(settings.device_type)
+    model, tokenizer, meta = load_model("base", runtime.device, "eval", settings.model_tag or None, settings.step)
+    result, failures = {"step": meta["step"]}, []
+    for part in parts:
+        try:
+            if part == "core":
+                core = evaluate_core(model, tokenizer, runtime.device, settings.eval_bundle or None, settings.max_per_task,
+                                     report=print0)
+                result.update(core)
+                print0(f"CORE {core['core_metric']:.4f}")
+            elif part == "bpb":
+                result["bpb"] = bpb_of_splits(settings, runtime, model, tokenizer)
+            elif runtime.is_main:
+                result["samples"] = draw_samples(model, tokenizer, sample_prompts(settings.eval_bundle))
+                print(*(f"  {' '.join(text.split())}" for text in result["samples"]), sep="\n", flush=True)
+        except NanochatError as error:
+            failures.append(f"{part}: {error}")
+            print0(f"left out: {failures[-1]}")
+    if runtime.is_main and "core_metric" in result:
+        write_table(base_dir() / "base_eval" / f"base_model_{meta['step']:06d}.csv", result)
+    write_result("base_eval", **result)
+    if len(failures) == len(parts):
+        raise NanochatError(f"nothing could be evaluated ({failures[0]})")
