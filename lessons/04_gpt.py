@@ -13,7 +13,12 @@
 # %% [markdown]
 # # 04 · GPT
 #
-# *What is the model?* — 40 minutes, less than one of them computing.
+# *The question:* What is the model? — 40 minutes, less than one of them computing.
+#
+# Token ids go in, and for every position one number per token of the vocabulary comes out: how likely that token is
+# next. In between lie a table of vectors, a stack of blocks that each add something to those vectors, and a table to
+# read the answer from. This is GPT; what differs from the model of 2019 are a dozen details, each of which earned its
+# place by lowering the loss at equal cost. This lesson says each in a sentence, then in code.
 
 # %%
 #| default_exp gpt
@@ -21,6 +26,168 @@
 # %%
 #| export
 """The model: a transformer with rotary positions, windows, value embeddings, smear and backout."""
+
+# %%
+import matplotlib.pyplot as plt
+
+# %% [markdown]
+# ## Three formulas, and their gradients
+#
+# Matrix products keep a processor busy; all else keeps its memory busy. A formula such as RMS norm, written as
+# square, mean, root, divide, walks over all activations once per step, and autograd walks over them again and keeps
+# what each step saw. For the three formulas that cost most we write the gradient by hand. On a GPU `torch.compile`
+# and built-in kernels do the same work, so there the plain formula stays.
+
+# %%
+#| export fused
+"""Formulas that are all memory traffic, with gradients by hand: norm, relu squared, softcapped cross entropy."""
+
+# %%
+#| export fused
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+
+def by_hand(x: Tensor) -> bool:
+    """True where our gradients beat autograd's: on the CPU, unless a compiler fuses the plain formula."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+# %% [markdown]
+# **Norm.** A vector is divided by the root of its mean square; there are no learned weights, since the matrix that
+# reads the result can hold them. With $y = s\,x/r$, a gradient $g$ loses its part along $y$ and is scaled: $\partial
+# x = \frac{s}{r}\left(g - y\,\frac{g\cdot y}{n s^2}\right)$. Only $y$ must be kept, and the next matrix keeps it
+# anyway.
+
+# %%
+#| export fused
+def norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """RMS norm over the last dimension, without weights, times scale (arXiv 1910.07467)."""
+    return Norm.apply(x, scale) if by_hand(x) else scale * F.rms_norm(x, (x.size(-1),))
+
+
+class Norm(Function):
+    """scale · x / √(mean x² + eps)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = length.square_().div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_().mul_(scale)
+        y = (x * inverse).to(x.dtype)
+        ctx.save_for_backward(y, inverse)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, inverse = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True, dtype=inverse.dtype) / (-y.size(-1) * ctx.scale**2)
+        return (torch.addcmul(grad, y, along.to(y.dtype)) * inverse).to(y.dtype), None
+
+# %%
+x = torch.tensor([[3.0, 4.0]])
+print(norm(x), "mean square", round(norm(x).square().mean().item(), 4))
+assert torch.autograd.gradcheck(norm, torch.randn(4, 6, dtype=torch.float64, requires_grad=True))
+
+# %% [markdown]
+# **Relu squared.** The simplest non-linearity that still lets a unit multiply: zero below zero, x² above. It did as
+# well as costlier gates in a search over architectures (Primer).
+
+# %%
+#| export fused
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)² (arXiv 2109.08668)."""
+    return SquaredRelu.apply(x) if by_hand(x) else F.relu(x).square()
+
+
+class SquaredRelu(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors  # zero where the gradient is
+        return (grad * x).mul_(2)
+
+# %% [markdown]
+# **Softcap and cross entropy.** The last matrix gives a number per token of the vocabulary, a logit. A tanh bends
+# them to stay within ±15, so that no single token can run away. The loss is the surprise, in nats, at the token that
+# came next: $\log\sum_j e^{z_j} - z_\text{target}$. Its gradient is simple: the probabilities, less one at the
+# target.
+#
+# With a vocabulary of 32,768 the logits are by far the largest tensor of all, and the plain way makes six of that
+# size. Here rows are handled a few at a time: logits, loss and gradient while they are still in the cache. One tensor
+# is kept, the gradient by the logits. And since the logits are capped, $e^z$ cannot overflow: no maximum is sought
+# first.
+
+# %%
+#| export fused
+SOFTCAP = 15.0  # logits stay within ±15
+
+
+def softcap(logits: Tensor) -> Tensor:
+    """Logits in float32, bent to stay within ±SOFTCAP (arXiv 2408.00118)."""
+    return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
+
+
+def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss in nats of logits softcap(x @ weight.T), per row, float32: 0 where the target is -1.
+
+    x (N, C) and weight (vocab, C) of one dtype; targets (N,) int64.
+    """
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(softcap(F.linear(x, weight)), targets, ignore_index=-1, reduction="none")
+    return SoftcapCrossEntropy.apply(x, weight, targets)
+
+
+class SoftcapCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        rows = max(1, (2**19 if x.device.type == "cpu" else 2**26) // len(weight))  # 2 MiB of logits, 256 on a GPU
+        losses = torch.empty(len(x), device=x.device)
+        kept = x.new_empty(len(x), len(weight)) if any(ctx.needs_input_grad) else None
+        for first in range(0, len(x), rows):
+            part = slice(first, first + rows)
+            target = targets[part].clamp(min=0).unsqueeze(1)
+            counts = (targets[part] >= 0).float().unsqueeze(1)
+            bent = F.linear(x[part], weight).float().div_(SOFTCAP).tanh_()
+            chances = (SOFTCAP * bent).exp_()
+            total = chances.sum(1, keepdim=True)
+            losses[part] = ((total.log() - SOFTCAP * bent.gather(1, target)) * counts).squeeze(1)
+            if kept is not None:  # d loss / d logits = (chances − [is target]) · (1 − tanh²)
+                gradient = chances.mul_(counts / total).scatter_add_(1, target, -counts)
+                kept[part] = gradient.addcmul_(gradient, bent.square_(), value=-1)
+        ctx.save_for_backward(x, weight, kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, kept = ctx.saved_tensors
+        grad = grad.unsqueeze(1).to(x.dtype)
+        return (kept @ weight).mul_(grad), kept.T @ (x * grad), None
+
+# %%
+logits = torch.linspace(-60, 60, 200)
+fig, ax = plt.subplots(figsize=(5, 2.5))
+_ = ax.plot(logits, softcap(logits))
+_ = ax.plot(logits, logits, ":", color="gray")
+_ = ax.set(xlabel="logit", ylabel="softcapped logit", ylim=(-20, 20))
+
+x, weight, targets = torch.randn(6, 8), torch.randn(20, 8), torch.tensor([3, 0, -1, 19, 7, 7])
+plain = F.cross_entropy(softcap(x @ weight.T), targets, ignore_index=-1, reduction="none")
+assert torch.allclose(softcap_cross_entropy(x, weight, targets), plain, atol=1e-5)
+
+# %% [markdown]
+# ## Seven numbers
+#
+# A model is fixed by seven numbers. The window pattern is one of them: most layers look back only a quarter of the
+# context, every fourth sees all of it, and so does the last. Far sight in a few layers is nearly as good as in all,
+# and cheaper.
 
 # %%
 #| export
@@ -35,16 +202,15 @@ from torch import Tensor, nn
 
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
+from nanochat_lib.fused import norm, softcap, softcap_cross_entropy, squared_relu
 
-# %%
-#| export
 SMEAR_CHANNELS = 24  # the smear gate looks at so many channels of a token
 VALUE_CHANNELS = 12  # a value gate at so many
-SOFTCAP = 15.0  # logits stay within ±15
 ROPE_BASE = 100_000
 VOCAB_MULTIPLE = 64  # matrix units like round sizes
 
-
+# %%
+#| export
 @dataclass
 class GPTConfig:
     """The seven numbers that fix a model; wrong ones raise NanochatError."""
@@ -79,7 +245,8 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
-
+# %%
+#| export
 def window_sizes(config: GPTConfig) -> list[int]:
     """Keys before itself that a query sees, layer by layer: L the context, S a quarter of it in steps of 128."""
     size = {"L": config.sequence_len, "S": -(-config.sequence_len // (4 * 128)) * 128}
@@ -93,13 +260,33 @@ def has_value_embedding(layer: int, n_layer: int) -> bool:
     return layer % 2 == (n_layer - 1) % 2
 
 # %%
-#| export
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without weights (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+from nanochat_lib.attention import visible
+
+windows = window_sizes(GPTConfig(sequence_len=1024, n_layer=4))
+fig, axes = plt.subplots(1, 4, figsize=(10, 2.7), sharey=True)
+for layer, (ax, window) in enumerate(zip(axes, windows)):
+    _ = ax.imshow(visible(torch.arange(1024), torch.arange(1024), window), cmap="Blues", vmin=0, vmax=1.5)
+    _ = ax.set(title=f"layer {layer}: window {window}", xlabel="key position (tokens)")
+_ = axes[0].set(ylabel="query position (tokens)")
+
+# %%
+for wrong in (dict(window_pattern="SX"), dict(n_kv_head=4), dict(n_embd=700)):
+    try:
+        GPTConfig(**wrong)
+    except NanochatError as error:
+        print(error)
+
+# %% [markdown]
+# ## Where a token is
+#
+# Attention compares queries with keys and does not see their order. So each query and key is *rotated* by an angle
+# that grows with its position: the pair of channels i and i + D/2 turns by position × base^(−2i/D) radians. A dot
+# product of two rotated vectors depends on the difference of their positions only. The first pairs turn fast and tell
+# neighbours apart, the last hardly turn and see distance.
 
 # %%
 #| export
+
 def rotary_tables(length: int, head_dim: int, device: Any = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position's angles, each (length, head_dim / 2) float32."""
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
@@ -108,9 +295,50 @@ def rotary_tables(length: int, head_dim: int, device: Any = None) -> tuple[Tenso
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (B, T, H, D) by its position's angle; cos, sin (1 or B, T, 1, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)  # RoPE, arXiv 2104.09864
+    """Turn each pair (x[i], x[i + D/2]) of x (B, T, H, D) by its position's angle; cos, sin (1 or B, T, 1, D/2).
+
+    y1 = x1·cos + x2·sin, y2 = −x1·sin + x2·cos (RoPE, arXiv 2104.09864), computed over whole heads: to read and write
+    halves of rows is several times slower.
+    """
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
+    return torch.addcmul(x * torch.cat((cos, cos), dim=-1), swapped, torch.cat((sin, -sin), dim=-1))
+
+
+def rotary_at(cos: Tensor, sin: Tensor, length: int, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
+    """The tables' rows for `length` tokens, from position 0 or behind each cached row: each (1 or B, T, 1, D/2)."""
+    if kv_cache is not None:
+        positions = kv_cache.lengths[:, None] + torch.arange(length, device=cos.device)
+        return cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+    if length > len(cos):
+        raise NanochatError(f"{length} tokens are too many: this model reads at most {len(cos)}, ten times its context")
+    return cos[None, :length, None], sin[None, :length, None]
+
+# %%
+cos, sin = rotary_at(*rotary_tables(64, 32), 64)
+one = torch.zeros(1, 64, 1, 32)
+one[..., :16] = 1  # the same vector at 64 positions: every pair points along its first axis
+turned = apply_rotary_emb(one, cos, sin)[0, :, 0]
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
+for pair in (0, 2, 4, 6):
+    _ = left.plot(turned[:20, pair], turned[:20, pair + 16], ".-", label=f"pair {pair}")
+_ = left.set(xlabel="channel i", ylabel="channel i + D/2", title="20 positions of four pairs", aspect="equal")
+_ = left.legend(fontsize=7)
+_ = right.plot(turned @ turned[40])
+_ = right.set(xlabel="position (tokens)", ylabel="q · k", title="similarity to position 40")
+
+q, k = torch.randn(2, 1, 1, 1, 32)
+at = lambda x, position: apply_rotary_emb(x, cos[:, position, None], sin[:, position, None])
+assert torch.isclose((at(q, 9) * at(k, 4)).sum(), (at(q, 29) * at(k, 24)).sum(), atol=1e-4)  # 5 apart, twice
+
+# %% [markdown]
+# ## What came just before
+#
+# Half the work of a small model's first layers is to look one token back. **Smear** does it for the price of 24
+# weights: to each embedding it adds a part of the one before, as much as a gate says that looks at 24 channels.
+#
+# When tokens come one by one (lesson 08), the one before is not in this call's input. A cache keeps it for each row,
+# and the rest of what earlier tokens left: their number in `lengths`, keys and values behind `insert`. Its rows may
+# have different lengths.
 
 # %%
 #| export
@@ -124,6 +352,44 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def smear(x: Tensor, gate: Linear, strength: Tensor, kv_cache: Any = None) -> Tensor:
+    """Add to each token's embedding (B, T, C) a gated part of the one before it, if there is one."""
+    if kv_cache is None:
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))
+    else:
+        before = torch.cat((previous_embedding(x, kv_cache).unsqueeze(1), x[:, :-1]), dim=1)
+    return torch.addcmul(x, strength.to(x.dtype) * torch.sigmoid(gate(x[..., :SMEAR_CHANNELS])), before)
+
+
+def previous_embedding(x: Tensor, kv_cache: Any) -> Tensor:
+    """The embedding (B, C) before each row's first new one, zero in a fresh row; keeps this call's last ones of x."""
+    before = torch.zeros_like(x[:, 0]) if kv_cache.previous is None else kv_cache.previous.to(x.dtype)
+    before = torch.where(kv_cache.lengths.unsqueeze(1) > 0, before, 0)
+    if kv_cache.counts is None:
+        kv_cache.previous = x[:, -1]
+    else:  # rows of several lengths, padded on the right
+        last = x[torch.arange(len(x), device=x.device), (kv_cache.counts - 1).clamp(min=0)]
+        kv_cache.previous = torch.where(kv_cache.counts.unsqueeze(1) > 0, last, before)
+    return before
+
+# %%
+gate = Linear(SMEAR_CHANNELS, 1)
+_ = nn.init.zeros_(gate.weight)  # σ(0) = ½
+steps = torch.eye(4, 24)[None]  # four tokens, each a channel of its own
+smear(steps, gate, torch.tensor([1.0]))[0, :, :4].tolist()
+
+# %% [markdown]
+# ## A block
+#
+# **Attention.** Three matrices make queries, keys and values. With fewer key heads than query heads (`n_kv_head`),
+# several queries share one key, and the cache of lesson 08 shrinks. Queries and keys are rotated, then *normed*, so
+# that scores cannot grow without bound; 1.2 on both makes the softmax a little sharper.
+#
+# **Value embeddings.** Every other layer has a second table of vectors, one row per token, of which a gated part (0
+# to 3 times) is added to the values. It costs memory and next to no arithmetic: a place to store what a token *is*.
+
+# %%
+#| export
 class Attention(nn.Module):
     """Causal self-attention with grouped heads, rotary positions, normed queries and keys, value embeddings."""
 
@@ -144,14 +410,17 @@ class Attention(nn.Module):
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_CHANNELS]))  # (B, T, n_kv_head), within 0 … 3
-            v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = (1.2 * norm(apply_rotary_emb(heads, *rotary)) for heads in (q, k))  # 1.2 sharpens the softmax
+            v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v))
+        q, k = (norm(apply_rotary_emb(heads, *rotary), 1.2) for heads in (q, k))  # 1.2 sharpens the softmax
         if kv_cache is None:
             y = attention(q, k, v, self.window)
         else:
             k, v = kv_cache.insert(self.layer, k, v)
             y = cached_attention(q, k, v, kv_cache.lengths, self.window)
         return self.c_proj(y.reshape(B, T, C))
+
+# %% [markdown]
+# **MLP.** Each token by itself: four times as wide, relu squared, back.
 
 # %%
 #| export
@@ -164,7 +433,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(squared_relu(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -180,10 +449,23 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 # %%
-#| export
-def softcap(logits: Tensor) -> Tensor:
-    """Logits in float32, bent to stay within ±SOFTCAP."""
-    return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
+block = Block(GPTConfig(n_layer=2, n_head=2, n_kv_head=2, n_embd=64, sequence_len=256, window_pattern="L"), layer=0)
+x = torch.randn(1, 256, 64)
+rotary = rotary_at(*rotary_tables(256, 32), 256)
+with torch.no_grad():
+    other = torch.cat((x[:, :100], x[:, 100:] + 1), dim=1)  # the same up to position 100
+    change = (block(x, None, rotary) - block(other, None, rotary)).abs().amax(-1)
+print("changing tokens from 100 on changes position", change[0].nonzero()[0].item(), "and later, none before")
+
+# %% [markdown]
+# ## The model
+#
+# - Embed and norm; smear. The result, $x_0$, is kept.
+# - Before each block the stream is mixed: $\lambda_i x + \mu_i x_0$, two learned numbers a layer. Every block can
+#   thus see the raw tokens.
+# - **Backout**: what the stream was halfway is, in part, taken out again at the end. The first half may leave notes
+#   for the second that should not reach the output.
+# - Norm, last matrix, softcap.
 
 # %%
 #| export
@@ -221,16 +503,14 @@ class GPT(nn.Module):
         weight = self.lm_head.weight[:self.config.vocab_size].to(x.dtype)  # without the padding
         if targets is None:
             return softcap(F.linear(x, weight))
-        losses = F.cross_entropy(softcap(F.linear(x, weight)).flatten(0, 1), targets.flatten(), ignore_index=-1,
-                                 reduction="none").view_as(targets)
+        losses = softcap_cross_entropy(x.flatten(0, 1), weight, targets.flatten()).view_as(targets)
         return reduce_losses(losses, targets, loss_reduction)
 
     def hidden(self, idx: Tensor, kv_cache: Any = None) -> Tensor:
         """The normed residual stream (B, T, C) that lm_head reads."""
+        rotary = rotary_at(self.cos, self.sin, idx.size(1), kv_cache)
         x = norm(self.transformer.wte(idx).to(self.dtype))
-        x = self.smear(x, kv_cache)
-        rotary = self.rotary(idx, kv_cache)
-        x0 = x
+        x = x0 = smear(x, self.smear_gate, self.smear_lambda, kv_cache)
         for layer, block in enumerate(self.transformer.h):
             x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
             ve = self.value_embeds[str(layer)](idx).to(self.dtype) if str(layer) in self.value_embeds else None
@@ -240,25 +520,6 @@ class GPT(nn.Module):
         if kv_cache is not None:
             kv_cache.advance(idx.size(1))
         return norm(x - self.backout_lambda.to(x.dtype) * halfway)
-
-    def smear(self, x: Tensor, kv_cache: Any = None) -> Tensor:
-        """Add to each token's embedding (B, T, C) a gated part of the one before it."""
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # nothing comes before the first token
-        if kv_cache is not None:
-            before = torch.cat((previous_embedding(x, kv_cache).unsqueeze(1), x[:, :-1]), dim=1)
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
-        return x + gate * before
-
-    def rotary(self, idx: Tensor, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at the positions of idx, each (1 or B, T, 1, head_dim / 2)."""
-        T = idx.size(1)
-        if kv_cache is None:
-            if T > len(self.cos):
-                raise NanochatError(f"{T} tokens are too many: a model of context {self.config.sequence_len} reads "
-                                    f"at most {len(self.cos)}")
-            return self.cos[None, :T, None], self.sin[None, :T, None]
-        positions = kv_cache.lengths[:, None] + torch.arange(T, device=idx.device)
-        return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
 
     def init_weights(self) -> None:
         """Fill every parameter from the global generator, and choose the dtype of the device they are on."""
@@ -277,20 +538,11 @@ class GPT(nn.Module):
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by part; scaling laws count transformer_matrices + lm_head."""
-        counts = {
-            "wte": self.transformer.wte.weight.numel(),
-            "value_embeds": sum(parameter.numel() for parameter in self.value_embeds.parameters()),
-            "lm_head": self.lm_head.weight.numel(),
-            "transformer_matrices": sum(parameter.numel() for parameter in self.transformer.h.parameters()),
-        }
-        return {**counts, "scalars": self.num_parameters() - sum(counts.values()), "total": self.num_parameters()}
+        return num_scaling_params(self)
 
     def estimate_flops(self) -> int:
         """Floating-point operations of a training step per token, forward and backward."""
-        config = self.config
-        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
-        scores = sum(min(window, config.sequence_len) for window in window_sizes(config))
-        return 6 * matrices + 12 * config.n_head * config.head_dim * scores
+        return estimate_flops(self)
 
     def generate(self, tokens: Sequence[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  seed: int = 42) -> Iterator[int]:
@@ -307,17 +559,14 @@ def reduce_losses(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:
         raise NanochatError(f"loss_reduction={reduction!r} is unknown: choose mean, sum or none")
     return losses.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
-
-def previous_embedding(x: Tensor, kv_cache: Any) -> Tensor:
-    """The embedding (B, C) before each row's first new one, zero in a fresh row; keeps this call's last ones of x."""
-    before = torch.zeros_like(x[:, 0]) if kv_cache.previous is None else kv_cache.previous.to(x.dtype)
-    before = torch.where(kv_cache.lengths.unsqueeze(1) > 0, before, 0)
-    if kv_cache.counts is None:
-        kv_cache.previous = x[:, -1]
-    else:  # rows of several lengths, padded on the right
-        last = x[torch.arange(len(x), device=x.device), (kv_cache.counts - 1).clamp(min=0)]
-        kv_cache.previous = torch.where(kv_cache.counts.unsqueeze(1) > 0, last, before)
-    return before
+# %% [markdown]
+# ## First weights
+#
+# Both matrices that write into the stream start at zero, so that every block starts as "add nothing"; the last matrix
+# starts near zero, so that all tokens are equally likely. A fresh model's loss is therefore known in advance: $\ln
+# V$.
+#
+# The model is laid out on the meta device, where tensors have shapes and no memory, and filled where it will live.
 
 # %%
 #| export
@@ -351,7 +600,8 @@ def init_weights(model: GPT) -> None:
     tables = rotary_tables(10 * config.sequence_len, config.head_dim, device)  # an answer may run past the context
     model.cos, model.sin = (table.to(model.dtype) for table in tables)
 
-
+# %%
+#| export
 def build_model(config: GPTConfig, device: torch.device | str) -> GPT:
     """A model with fresh weights: laid out on the meta device, which takes no memory, and filled where it will live."""
     with torch.device("meta"):
@@ -359,6 +609,65 @@ def build_model(config: GPTConfig, device: torch.device | str) -> GPT:
     model.to_empty(device=device)
     model.init_weights()
     return model
+
+# %%
+config = GPTConfig(sequence_len=256, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
+_ = torch.manual_seed(0)
+model = build_model(config, "cpu")
+ids = torch.randint(0, 1024, (2, 257))
+loss = model(ids[:, :-1], ids[:, 1:])
+print(f"loss {loss.item():.3f}, ln V = {math.log(1024):.3f}")
+assert abs(loss.item() - math.log(1024)) < 0.01
+
+# %% [markdown]
+# ## How much of everything
+#
+# Two numbers follow from a model and rule a whole run (lesson 07): its parameters, and the floating-point operations
+# a token costs. Each weight of a matrix takes part in one multiplication and one addition forward and twice that
+# backward: 6 per token. Attention adds, per layer, 12 for each of the channels of its heads and each key it may see.
+
+# %%
+#| export
+
+def num_scaling_params(model: GPT) -> dict[str, int]:
+    """See GPT.num_scaling_params."""
+    counts = {
+        "wte": model.transformer.wte.weight.numel(),
+        "value_embeds": sum(parameter.numel() for parameter in model.value_embeds.parameters()),
+        "lm_head": model.lm_head.weight.numel(),
+        "transformer_matrices": sum(parameter.numel() for parameter in model.transformer.h.parameters()),
+    }
+    total = model.num_parameters()
+    return {**counts, "scalars": total - sum(counts.values()), "total": total}
+
+
+def estimate_flops(model: GPT) -> int:
+    """See GPT.estimate_flops."""
+    config = model.config
+    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    keys = sum(min(window, config.sequence_len) for window in window_sizes(config))
+    return 6 * matrices + 12 * config.n_head * config.head_dim * keys
+
+# %%
+fig, ax = plt.subplots(figsize=(8, 3))
+for depth in (4, 8, 12, 16, 20):
+    with torch.device("meta"):
+        sized = GPT(GPTConfig(n_layer=depth, n_head=depth // 2, n_kv_head=depth // 2, n_embd=64 * depth))
+    bottom = 0
+    for part, colour in zip(("transformer_matrices", "lm_head", "wte", "value_embeds"), ("C0", "C1", "C2", "C3")):
+        millions = sized.num_scaling_params()[part] / 1e6
+        _ = ax.bar(depth, millions, 2.5, bottom, color=colour, label=part if depth == 4 else None)
+        bottom += millions
+    print(f"depth {depth:2}: {sized.num_parameters() / 1e6:6.1f} M parameters, "
+          f"{sized.estimate_flops() / 1e9:5.2f} GFLOPs a token")
+_ = ax.set(xlabel="depth (layers)", ylabel="parameters (millions)", xticks=(4, 8, 12, 16, 20))
+_ = ax.legend(fontsize=8)
+
+# %% [markdown]
+# ## Reading on
+#
+# To write, the model reads all there is, picks the next token, and reads again. Lesson 08 replaces this by a cache;
+# here is the plain version it will be held against.
 
 # %%
 #| export
@@ -382,3 +691,22 @@ def generate(model: GPT, tokens: Sequence[int], max_tokens: int, temperature: fl
             token = logits.argmax(dim=-1, keepdim=True)
         ids = torch.cat((ids, token), dim=1)
         yield token.item()
+
+# %%
+assert list(model.generate([1, 2, 3], 5, temperature=0)) == list(model.generate([1, 2, 3], 5, top_k=1))
+try:
+    next(model.generate([], 1))
+except NanochatError as error:
+    print(error)
+
+# %% [markdown]
+# ## Exercises
+#
+# [exercises/04_gpt.ipynb](../exercises/04_gpt.ipynb)
+#
+# 1. **rmsnorm**: the norm, and where its epsilon goes.
+# 2. **apply_rotary_emb**: rotate pairs of channels, the right pairs, the right way.
+# 3. **squared_relu** with its gradient by hand.
+# 4. **parameters_by_depth**: how the count grows when only the depth is turned.
+#
+# **Next:** [05 · How weights learn](05_optimizer.ipynb)

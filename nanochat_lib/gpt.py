@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
-
+from nanochat_lib.fused import norm, softcap, softcap_cross_entropy, squared_relu
 
 SMEAR_CHANNELS = 24  # the smear gate looks at so many channels of a token
 VALUE_CHANNELS = 12  # a value gate at so many
-SOFTCAP = 15.0  # logits stay within ±15
 ROPE_BASE = 100_000
 VOCAB_MULTIPLE = 64  # matrix units like round sizes
 
@@ -70,11 +69,6 @@ def has_value_embedding(layer: int, n_layer: int) -> bool:
     return layer % 2 == (n_layer - 1) % 2
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without weights (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
 def rotary_tables(length: int, head_dim: int, device: Any = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position's angles, each (length, head_dim / 2) float32."""
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
@@ -83,9 +77,23 @@ def rotary_tables(length: int, head_dim: int, device: Any = None) -> tuple[Tenso
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (B, T, H, D) by its position's angle; cos, sin (1 or B, T, 1, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)  # RoPE, arXiv 2104.09864
+    """Turn each pair (x[i], x[i + D/2]) of x (B, T, H, D) by its position's angle; cos, sin (1 or B, T, 1, D/2).
+
+    y1 = x1·cos + x2·sin, y2 = −x1·sin + x2·cos (RoPE, arXiv 2104.09864), computed over whole heads: to read and write
+    halves of rows is several times slower.
+    """
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
+    return torch.addcmul(x * torch.cat((cos, cos), dim=-1), swapped, torch.cat((sin, -sin), dim=-1))
+
+
+def rotary_at(cos: Tensor, sin: Tensor, length: int, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
+    """The tables' rows for `length` tokens, from position 0 or behind each cached row: each (1 or B, T, 1, D/2)."""
+    if kv_cache is not None:
+        positions = kv_cache.lengths[:, None] + torch.arange(length, device=cos.device)
+        return cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+    if length > len(cos):
+        raise NanochatError(f"{length} tokens are too many: this model reads at most {len(cos)}, ten times its context")
+    return cos[None, :length, None], sin[None, :length, None]
 
 
 class Linear(nn.Linear):
@@ -96,6 +104,27 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def smear(x: Tensor, gate: Linear, strength: Tensor, kv_cache: Any = None) -> Tensor:
+    """Add to each token's embedding (B, T, C) a gated part of the one before it, if there is one."""
+    if kv_cache is None:
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))
+    else:
+        before = torch.cat((previous_embedding(x, kv_cache).unsqueeze(1), x[:, :-1]), dim=1)
+    return torch.addcmul(x, strength.to(x.dtype) * torch.sigmoid(gate(x[..., :SMEAR_CHANNELS])), before)
+
+
+def previous_embedding(x: Tensor, kv_cache: Any) -> Tensor:
+    """The embedding (B, C) before each row's first new one, zero in a fresh row; keeps this call's last ones of x."""
+    before = torch.zeros_like(x[:, 0]) if kv_cache.previous is None else kv_cache.previous.to(x.dtype)
+    before = torch.where(kv_cache.lengths.unsqueeze(1) > 0, before, 0)
+    if kv_cache.counts is None:
+        kv_cache.previous = x[:, -1]
+    else:  # rows of several lengths, padded on the right
+        last = x[torch.arange(len(x), device=x.device), (kv_cache.counts - 1).clamp(min=0)]
+        kv_cache.previous = torch.where(kv_cache.counts.unsqueeze(1) > 0, last, before)
+    return before
 
 
 class Attention(nn.Module):
@@ -118,8 +147,8 @@ class Attention(nn.Module):
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_CHANNELS]))  # (B, T, n_kv_head), within 0 … 3
-            v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = (1.2 * norm(apply_rotary_emb(heads, *rotary)) for heads in (q, k))  # 1.2 sharpens the softmax
+            v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v))
+        q, k = (norm(apply_rotary_emb(heads, *rotary), 1.2) for heads in (q, k))  # 1.2 sharpens the softmax
         if kv_cache is None:
             y = attention(q, k, v, self.window)
         else:
@@ -137,7 +166,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(squared_relu(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -151,11 +180,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], kv_cache: Any = None) -> Tensor:
         x = x + self.attn(norm(x), ve, rotary, kv_cache)
         return x + self.mlp(norm(x))
-
-
-def softcap(logits: Tensor) -> Tensor:
-    """Logits in float32, bent to stay within ±SOFTCAP."""
-    return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
 
 
 class GPT(nn.Module):
@@ -192,16 +216,14 @@ class GPT(nn.Module):
         weight = self.lm_head.weight[:self.config.vocab_size].to(x.dtype)  # without the padding
         if targets is None:
             return softcap(F.linear(x, weight))
-        losses = F.cross_entropy(softcap(F.linear(x, weight)).flatten(0, 1), targets.flatten(), ignore_index=-1,
-                                 reduction="none").view_as(targets)
+        losses = softcap_cross_entropy(x.flatten(0, 1), weight, targets.flatten()).view_as(targets)
         return reduce_losses(losses, targets, loss_reduction)
 
     def hidden(self, idx: Tensor, kv_cache: Any = None) -> Tensor:
         """The normed residual stream (B, T, C) that lm_head reads."""
+        rotary = rotary_at(self.cos, self.sin, idx.size(1), kv_cache)
         x = norm(self.transformer.wte(idx).to(self.dtype))
-        x = self.smear(x, kv_cache)
-        rotary = self.rotary(idx, kv_cache)
-        x0 = x
+        x = x0 = smear(x, self.smear_gate, self.smear_lambda, kv_cache)
         for layer, block in enumerate(self.transformer.h):
             x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
             ve = self.value_embeds[str(layer)](idx).to(self.dtype) if str(layer) in self.value_embeds else None
@@ -211,25 +233,6 @@ class GPT(nn.Module):
         if kv_cache is not None:
             kv_cache.advance(idx.size(1))
         return norm(x - self.backout_lambda.to(x.dtype) * halfway)
-
-    def smear(self, x: Tensor, kv_cache: Any = None) -> Tensor:
-        """Add to each token's embedding (B, T, C) a gated part of the one before it."""
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # nothing comes before the first token
-        if kv_cache is not None:
-            before = torch.cat((previous_embedding(x, kv_cache).unsqueeze(1), x[:, :-1]), dim=1)
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
-        return x + gate * before
-
-    def rotary(self, idx: Tensor, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at the positions of idx, each (1 or B, T, 1, head_dim / 2)."""
-        T = idx.size(1)
-        if kv_cache is None:
-            if T > len(self.cos):
-                raise NanochatError(f"{T} tokens are too many: a model of context {self.config.sequence_len} reads "
-                                    f"at most {len(self.cos)}")
-            return self.cos[None, :T, None], self.sin[None, :T, None]
-        positions = kv_cache.lengths[:, None] + torch.arange(T, device=idx.device)
-        return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
 
     def init_weights(self) -> None:
         """Fill every parameter from the global generator, and choose the dtype of the device they are on."""
@@ -248,20 +251,11 @@ class GPT(nn.Module):
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by part; scaling laws count transformer_matrices + lm_head."""
-        counts = {
-            "wte": self.transformer.wte.weight.numel(),
-            "value_embeds": sum(parameter.numel() for parameter in self.value_embeds.parameters()),
-            "lm_head": self.lm_head.weight.numel(),
-            "transformer_matrices": sum(parameter.numel() for parameter in self.transformer.h.parameters()),
-        }
-        return {**counts, "scalars": self.num_parameters() - sum(counts.values()), "total": self.num_parameters()}
+        return num_scaling_params(self)
 
     def estimate_flops(self) -> int:
         """Floating-point operations of a training step per token, forward and backward."""
-        config = self.config
-        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
-        scores = sum(min(window, config.sequence_len) for window in window_sizes(config))
-        return 6 * matrices + 12 * config.n_head * config.head_dim * scores
+        return estimate_flops(self)
 
     def generate(self, tokens: Sequence[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  seed: int = 42) -> Iterator[int]:
@@ -276,18 +270,6 @@ def reduce_losses(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:
     if reduction not in ("mean", "sum"):
         raise NanochatError(f"loss_reduction={reduction!r} is unknown: choose mean, sum or none")
     return losses.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else losses.sum()
-
-
-def previous_embedding(x: Tensor, kv_cache: Any) -> Tensor:
-    """The embedding (B, C) before each row's first new one, zero in a fresh row; keeps this call's last ones of x."""
-    before = torch.zeros_like(x[:, 0]) if kv_cache.previous is None else kv_cache.previous.to(x.dtype)
-    before = torch.where(kv_cache.lengths.unsqueeze(1) > 0, before, 0)
-    if kv_cache.counts is None:
-        kv_cache.previous = x[:, -1]
-    else:  # rows of several lengths, padded on the right
-        last = x[torch.arange(len(x), device=x.device), (kv_cache.counts - 1).clamp(min=0)]
-        kv_cache.previous = torch.where(kv_cache.counts.unsqueeze(1) > 0, last, before)
-    return before
 
 
 @torch.no_grad()
@@ -328,6 +310,26 @@ def build_model(config: GPTConfig, device: torch.device | str) -> GPT:
     model.to_empty(device=device)
     model.init_weights()
     return model
+
+
+def num_scaling_params(model: GPT) -> dict[str, int]:
+    """See GPT.num_scaling_params."""
+    counts = {
+        "wte": model.transformer.wte.weight.numel(),
+        "value_embeds": sum(parameter.numel() for parameter in model.value_embeds.parameters()),
+        "lm_head": model.lm_head.weight.numel(),
+        "transformer_matrices": sum(parameter.numel() for parameter in model.transformer.h.parameters()),
+    }
+    total = model.num_parameters()
+    return {**counts, "scalars": total - sum(counts.values()), "total": total}
+
+
+def estimate_flops(model: GPT) -> int:
+    """See GPT.estimate_flops."""
+    config = model.config
+    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    keys = sum(min(window, config.sequence_len) for window in window_sizes(config))
+    return 6 * matrices + 12 * config.n_head * config.head_dim * keys
 
 
 @torch.inference_mode()
