@@ -2,8 +2,8 @@
 
     python -m tests.optim_worker OUT [LOAD]
 
-trains on a fixed global batch, half a batch per rank if there are two. Fresh, it takes 2 steps, saves into OUT/half, takes 2
-more; with LOAD it goes on from that folder with those 2. Ends with the weights in OUT/weights.pt.
+trains on a fixed global batch, half a batch per rank if there are two. Fresh, it takes 2 steps, saves into OUT/half,
+takes 2 more; with LOAD it goes on from that folder with those 2. Ends with the weights in OUT/weights.pt.
 """
 
 import sys
@@ -21,7 +21,7 @@ from nanochat_lib.optim import MuonAdamW, parameter_groups
 def train(out: Path, load: Path | None = None, rank: int = 0, world_size: int = 1) -> dict[str, torch.Tensor]:
     """Weights after step 4, by name."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL"))
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=100, n_layer=3, n_head=2, n_kv_head=1, n_embd=32))
     model.init_weights()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
