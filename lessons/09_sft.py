@@ -923,7 +923,7 @@ class ConversationLoader:
     def passes(self) -> float:
         """Passes over the share so far; 1 exactly when each of its conversations has been packed once."""
         left = len(self.share) - self.cursor + len(self.buffer)
-        return self.epoch + 1 - left * self.world_size / len(self.task) if left else self.epoch + 1
+        return self.epoch + (1.0 - left * self.world_size / len(self.task) if left else 1.0)
 
     def render(self, index: int) -> Rendered:
         ids, mask = self.tokenizer.render_conversation(self.task[index], max_tokens=self.capacity + 1)
@@ -1405,7 +1405,7 @@ def share_done(step: int, loader: ConversationLoader, settings: ChatSFT, runtime
     """How much of the run is done, the same on every rank; 1 when all ranks have seen all their conversations."""
     if settings.num_iterations > 0:
         return step / settings.num_iterations
-    mine = torch.tensor(min(max(loader.passes, 0.0), 1.0), device=runtime.device)
+    mine = torch.tensor(float(min(max(loader.passes, 0), 1)), device=runtime.device)
     return all_reduce_sum(mine).item() / runtime.world_size
 
 # %%

@@ -161,7 +161,7 @@ def share_done(step: int, loader: ConversationLoader, settings: ChatSFT, runtime
     """How much of the run is done, the same on every rank; 1 when all ranks have seen all their conversations."""
     if settings.num_iterations > 0:
         return step / settings.num_iterations
-    mine = torch.tensor(min(max(loader.passes, 0.0), 1.0), device=runtime.device)
+    mine = torch.tensor(float(min(max(loader.passes, 0), 1)), device=runtime.device)
     return all_reduce_sum(mine).item() / runtime.world_size
 
 

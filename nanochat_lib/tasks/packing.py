@@ -76,7 +76,7 @@ class ConversationLoader:
     def passes(self) -> float:
         """Passes over the share so far; 1 exactly when each of its conversations has been packed once."""
         left = len(self.share) - self.cursor + len(self.buffer)
-        return self.epoch + 1 - left * self.world_size / len(self.task) if left else self.epoch + 1
+        return self.epoch + (1.0 - left * self.world_size / len(self.task) if left else 1.0)
 
     def render(self, index: int) -> Rendered:
         ids, mask = self.tokenizer.render_conversation(self.task[index], max_tokens=self.capacity + 1)
