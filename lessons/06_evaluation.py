@@ -13,7 +13,11 @@
 # %% [markdown]
 # # 06 · Evaluation
 #
-# *How good is a base model?* — 30 minutes, about half a minute of them computing.
+# *How good is a base model?* — 30 minutes, less than one of them computing.
+#
+# A base model only continues text. Two numbers say how well. **Bits per byte**: how surprised is it by text it has not
+# seen? It is smooth, cheap, and the thing that training lowers. **CORE**: does it know and understand? Twenty-two
+# kinds of questions, put so that continuing well is answering right.
 
 # %%
 #| default_exp evaluation
@@ -46,7 +50,78 @@ from torch import Tensor
 
 from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0
 
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # DCLM's tasks, 160 MB unpacked
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # the tasks of DCLM
+
+# %% [markdown]
+# ## A model to judge
+#
+# Whatever turns ids into logits can be judged, so we need not wait for a transformer: here is a model made by counting.
+# Which token followed the last one, the last two, the last five? Longer contexts are trusted as far as they were seen,
+# the rest is left to shorter ones. Order n looks at n − 1 tokens; order 0 knows nothing: every token is equally likely.
+
+# %%
+from nanochat_lib.tokenizer import Tokenizer
+from nanochat_lib.world_facts import World
+from nanochat_lib.world_tasks import write_bundle
+from nanochat_lib.world_text import documents
+
+everything = list(documents(World(1), 8000))
+texts, held_out = everything[:-100], everything[-100:]
+tokenizer = Tokenizer.train_from_iterator(texts, 1024)
+
+
+def stream(tokenizer, texts):
+    """All texts as one row of ids, each after <|bos|>."""
+    return torch.tensor([token for ids in tokenizer.encode(texts, prepend="<|bos|>") for token in ids])
+
+
+class Counting(torch.nn.Module):
+    """Predicts a token from what followed the last 0 … order − 1 tokens in the training text."""
+
+    def __init__(self, ids, vocab_size, order):
+        super().__init__()
+        self.vocab_size, self.tables = vocab_size, []
+        counts = torch.bincount(ids, minlength=vocab_size) * (order > 0) + 0.5
+        self.p = counts / counts.sum()  # without any context
+        for length in range(1, order):
+            pairs = self.contexts(ids[None, :-1], length)[0] * vocab_size + ids[1:]  # (context, token) as one number
+            self.tables.append(torch.unique(pairs[pairs >= 0], return_counts=True))
+
+    def contexts(self, ids, length):
+        """A number for the `length` tokens up to each place of ids (B, T); -1 where the row has fewer."""
+        code = torch.zeros_like(ids)
+        for back in range(length):
+            code = (code * 1_000_003 + ids.roll(back, 1) + 1) % 2**40
+        code[:, :length - 1] = -1
+        return code
+
+    def forward(self, ids, targets=None, loss_reduction="mean"):
+        p = self.p.expand(ids.numel(), -1)
+        for length, (pairs, counts) in enumerate(self.tables, 1):
+            code = self.contexts(ids, length).flatten() * self.vocab_size
+            first, last = torch.searchsorted(pairs, code), torch.searchsorted(pairs, code + self.vocab_size)
+            row = torch.repeat_interleave(last - first)  # one entry per token seen after this context
+            place = torch.arange(len(row)) - ((last - first).cumsum(0) - last)[row]
+            seen = torch.zeros_like(p)
+            seen[row, pairs[place] % self.vocab_size] = counts[place].float()
+            p = (seen + 0.5 * p) / (seen.sum(1, keepdim=True) + 0.5)  # half a sighting's worth of the shorter context
+        logits = p.log().view(*ids.shape, -1)
+        if targets is None:
+            return logits
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction)
+        return losses.view_as(targets) if loss_reduction == "none" else losses
+
+
+ids = stream(tokenizer, texts)
+models = {order: Counting(ids, 1024, order) for order in (0, 1, 2, 3, 4, 6, 8)}
+print(f"{len(ids):,} tokens counted")
+
+# %% [markdown]
+# ## Bits per byte
+#
+# Loss per token depends on the tokenizer: longer tokens are fewer, each is harder. Divide instead by what no tokenizer
+# can change, the bytes of the text: Σ nats / (ln 2 · Σ bytes). It is also the size to which the model could compress
+# the text, in bits for each byte. Specials are no text and do not count.
 
 # %%
 #| export
@@ -79,6 +154,78 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], steps: in
     if not length:
         raise NanochatError("bits per byte of no text: the batches hold only special tokens, or there are none")
     return nats / (math.log(2) * length)
+
+# %% [markdown]
+# The same text, the same way of counting, two tokenizers. Judged by loss per token, the small vocabulary looks better.
+
+# %%
+def batches(tokenizer, texts, length=128):
+    """The texts as batches of (inputs, targets), each (16, length)."""
+    ids = stream(tokenizer, texts)
+    rows = ids[:(len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
+    return [(part[:, :-1], part[:, 1:]) for part in rows.split(16)]
+
+
+for size in (320, 1024):
+    small = Tokenizer(tokenizer.tokens[:size - 9])
+    model = Counting(stream(small, texts), size, 4)
+    sample = batches(small, held_out)
+    loss = sum(model(*batch).item() for batch in sample) / len(sample)
+    bpb = evaluate_bpb(model, sample, len(sample), small.token_bytes())
+    print(f"{size:4} ids: {loss:.1f} nats per token, {bpb:.1f} bits per byte")
+
+# %% [markdown]
+# Where are the bits? Red tokens surprised the model, white ones did not: a fact's last word, the sum of two numbers.
+
+# %%
+import matplotlib.pyplot as plt
+
+
+def draw(axis, ids, losses, y=0.0, most=6.0):
+    """Tokens in a line, each as red as its loss (nats) is high; grey where there is none. The axis counts letters."""
+    x = 0.0
+    for token, loss in zip(ids, losses):
+        shown = tokenizer.id_to_token(token).replace("\n", "↵").replace(" ", "·")
+        colour = "#eee" if loss is None else plt.cm.Reds(min(loss / most, 1) * 0.8)
+        axis.text(x, y, shown, family="monospace", fontsize=10, va="center",
+                  bbox=dict(facecolor=colour, edgecolor="none", pad=1.5))
+        x += len(shown) + 0.6
+
+
+def lines_of(ids, losses, width=100):
+    """Cut a long line into several of at most `width` characters."""
+    lines, room = [([], [])], width
+    for token, loss in zip(ids, losses):
+        size = len(tokenizer.id_to_token(token)) + 0.6
+        if size > room:
+            lines.append(([], []))
+            room = width
+        room -= size
+        lines[-1][0].append(token)
+        lines[-1][1].append(loss)
+    return lines
+
+
+text = "Question: What pet does Kate keep?\nAnswer: Kate keeps a parrot.\n\n17 + 25 = 42"
+row = torch.tensor([tokenizer.encode(text, prepend="<|bos|>")])
+losses = models[4](row[:, :-1], row[:, 1:], loss_reduction="none")[0].tolist()
+lines = lines_of(row[0].tolist(), [None, *losses])
+figure, axis = plt.subplots(figsize=(10, 0.4 * len(lines)), layout="constrained")
+for y, line in enumerate(lines):
+    draw(axis, *line, -y)
+axis.set(xlim=(0, 118), ylim=(0.5 - len(lines), 0.5))
+_ = axis.axis("off")
+
+# %% [markdown]
+# ## CORE: questions for a model that only continues
+#
+# DCLM (arXiv 2406.11794) chose tasks on which even small models rise steadily. Each is of one of three forms:
+#
+# - *multiple choice*: one context, several continuations; the model's choice is the one with the lowest mean loss;
+# - *schema*: several contexts, one continuation; which context makes it most likely?
+# - *language modeling*: one context, one continuation; every token must be the model's first guess.
+#
+# A bundle is a list of tasks (`core.yaml`), their baselines (`eval_meta_data.csv`) and a file of questions each.
 
 # %%
 #| export
@@ -126,6 +273,56 @@ def read_items(task: CoreTask, max_per_task: int = -1) -> list[dict]:
     random.Random(1337).shuffle(items)
     return items[:max_per_task] if max_per_task > 0 else items
 
+# %% [markdown]
+# The real bundle is fetched once, and takes its place only when it is whole. Without a network this is an error within
+# seconds, and the run that asked goes on: training saves first and evaluates after.
+
+# %%
+#| export
+def find_bundle(path: str | Path = "") -> Path:
+    """The folder of the evaluation bundle: the one given, else base_dir()/eval_bundle, downloaded once."""
+    folder = Path(path).expanduser() if path else base_dir() / "eval_bundle"
+    if (folder / "core.yaml").exists():
+        return folder
+    if path:
+        raise NanochatError(f"no core.yaml in {folder}: give the folder of an evaluation bundle, or leave "
+                            "--eval-bundle away to fetch the real one")
+    with open(base_dir() / "eval_bundle.lock", "w") as lock:  # one process of a machine fetches, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "core.yaml").exists():
+            fetch_bundle(folder)
+    return folder
+
+
+def fetch_bundle(folder: Path, seconds: float = 10) -> None:
+    """Download and unpack BUNDLE_URL; the folder takes its name only when it is whole."""
+    world = base_dir() / "world" / "eval_bundle"
+    instead = f"or give --eval-bundle {world}, the embedded world's (made by python -m nanochat_lib.world)"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise NanochatError(f"no evaluation bundle in {folder}, and HF_HUB_OFFLINE is set: unset it to fetch one, "
+                            f"{instead}")
+    print0(f"fetching {BUNDLE_URL}")
+    staging = Path(tempfile.mkdtemp(prefix=".eval_bundle.", dir=folder.parent))
+    try:
+        with urllib.request.urlopen(BUNDLE_URL, timeout=seconds) as answer, open(staging / "bundle.zip", "wb") as file:
+            shutil.copyfileobj(answer, file)
+        with zipfile.ZipFile(staging / "bundle.zip") as bundle:
+            bundle.extractall(staging / "unpacked")
+        core = next((staging / "unpacked").rglob("core.yaml"), None)
+        if core is None:
+            raise zipfile.BadZipFile("it holds no core.yaml")
+        shutil.rmtree(folder, ignore_errors=True)
+        core.parent.rename(folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise NanochatError(f"cannot fetch {BUNDLE_URL} ({getattr(error, 'reason', error)}): go online and run the "
+                            f"same command again, {instead}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+# %% [markdown]
+# Some tasks show solved examples first, so that the model sees what is wanted. They are drawn at random, but for
+# question number *i* always the same, or two runs could not be compared.
+
 # %%
 #| export
 def examples_for(items: list[dict], index: int, shots: int) -> list[dict]:
@@ -152,6 +349,21 @@ def prompts_of(task: CoreTask, item: dict, examples: list[dict]) -> list[str]:
         return [before + context + task.delimiter + item["continuation"] for context in item["context_options"]]
     asked = before + item["context"].strip() + task.delimiter
     return [asked.strip(), asked + item["continuation"]]  # a blank at the end would belong to the answer's first token
+
+# %%
+bundle = Path(tempfile.mkdtemp()) / "eval_bundle"
+write_bundle(World(1), bundle)
+tasks = {task.label: task for task in read_bundle(bundle)}
+for label in ("world_kin_mc", "world_schema", "world_sums_lm"):
+    task, items = tasks[label], read_items(tasks[label])
+    print(f"--- {label}, {task.kind}, {len(items)} questions, guessing gives {task.baseline:.2f}")
+    print(*map(repr, prompts_of(task, items[3], examples_for(items, 3, task.shots))), sep="\n")
+
+# %% [markdown]
+# ## Which tokens are scored
+#
+# Text is cut into tokens as a whole, so the border between context and continuation is found in the tokens: what the
+# choices share at the front (or, for a schema, at the back) is context.
 
 # %%
 #| export
@@ -192,6 +404,12 @@ def crop(row: Row, limit: int | None) -> Row:
     over = len(row.ids) - limit if limit else 0
     return row if over <= 0 else Row(row.ids[over:], max(row.start - over, 1), limit)
 
+# %% [markdown]
+# ## In batches
+#
+# Rows of many questions go through the model together, sorted by length so that little is padding. The model is causal:
+# padding on the right cannot change what stands before it, and the scores are the same as one by one.
+
 # %%
 #| export
 def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
@@ -226,6 +444,36 @@ def score_rows(model: Any, rows: list[Row], device: Any, budget: int) -> list[tu
         for index, loss, hits in zip(batch, losses.split(spans), right.split(spans)):
             scores[index] = (loss.mean().item(), bool(hits.all()))
     return scores
+
+# %%
+def row_losses(model, row):
+    """The loss of each scored token of a row, None elsewhere."""
+    inputs, targets = torch.tensor([row.ids[:-1]]), torch.tensor([row.ids[1:]])
+    losses = [None, *model(inputs, targets, loss_reduction="none")[0].tolist()]
+    return [loss if row.start <= place < row.end else None for place, loss in enumerate(losses)]
+
+
+figure, axes = plt.subplots(3, 1, figsize=(10, 4), layout="constrained", height_ratios=(4, 2, 2))
+for axis, label, number in zip(axes, ("world_kin_mc", "world_schema", "world_facts_lm"), (3, 3, 6)):
+    task, items = tasks[label], read_items(tasks[label])
+    prompts = prompts_of(task, items[number], [])
+    rows = rows_of(task.kind, tokenizer.encode(prompts, prepend="<|bos|>"))
+    scores = score_rows(models[6], rows, "cpu", 4096)
+    best = min(range(len(rows)), key=lambda place: scores[place][0])
+    for y, (row, (loss, right)) in enumerate(zip(rows, scores)):
+        draw(axis, row.ids, row_losses(models[6], row), -y)
+        said = f"first guess: {right}" if len(rows) == 1 else f"{loss:.1f} nats" + " ← chosen" * (y == best)
+        axis.text(99, -y, said, fontsize=10, va="center")
+    right = "" if len(rows) == 1 else f", right is number {items[number]['gold'] + 1}"
+    axis.set_title(f"{task.kind}{right}", loc="left", fontsize=10)
+    axis.set(xlim=(0, 118), ylim=(0.5 - len(rows), 0.5))
+    axis.axis("off")
+
+# %% [markdown]
+# ## The score
+#
+# With four choices, guessing gets a quarter right; with two, half. So each accuracy *a* is centred by its baseline *b*,
+# (a − b) / (1 − b): guessing is 0, perfection 1, and tasks can be averaged. The mean is CORE. GPT-2 (1.6B) has 0.2565.
 
 # %%
 #| export
@@ -269,43 +517,42 @@ def evaluate_core(model: Any, tokenizer: Any, device: Any, bundle_dir: str | Pat
     return {"results": results, "centered_results": centred, "core_metric": sum(centred.values()) / len(centred)}
 
 # %%
-#| export
-def find_bundle(path: str | Path = "") -> Path:
-    """The folder of the evaluation bundle: the one given, else base_dir()/eval_bundle, downloaded once."""
-    folder = Path(path).expanduser() if path else base_dir() / "eval_bundle"
-    if (folder / "core.yaml").exists():
-        return folder
-    if path:
-        raise NanochatError(f"no core.yaml in {folder}: give the folder of an evaluation bundle, or leave "
-                            "--eval-bundle away to fetch the real one")
-    with open(base_dir() / "eval_bundle.lock", "w") as lock:  # one process of a machine fetches, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "core.yaml").exists():
-            fetch_bundle(folder)
-    return folder
+cores = {order: evaluate_core(models[order], tokenizer, "cpu", bundle, 60) for order in (1, 2, 4, 6)}
+print(f"{'order':18}" + "".join(f"{order:>7}" for order in cores))
+for label in tasks:
+    print(f"{label:18}" + "".join(f"{core['results'][label]:7.2f}" for core in cores.values()))
+print(f"{'CORE, centred':18}" + "".join(f"{core['core_metric']:7.2f}" for core in cores.values()))
 
+# %% [markdown]
+# On the left, the plain mean credits a model that only knows how frequent each token is. On the right, the two
+# numbers disagree: from order 4 on bits per byte get worse, since long contexts are rare and over-trusted, while CORE
+# still rises: its questions ask for facts, and a fact is a long context. Look at both. And note what counting never
+# learns: sums it has not seen, and schemas, whose answer is not in the words just before. For these a model must
+# compute.
 
-def fetch_bundle(folder: Path, seconds: float = 10) -> None:
-    """Download and unpack BUNDLE_URL; the folder takes its name only when it is whole."""
-    world = base_dir() / "world" / "eval_bundle"
-    instead = f"or give --eval-bundle {world}, the embedded world's (made by python -m nanochat_lib.world)"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise NanochatError(f"no evaluation bundle in {folder}, and HF_HUB_OFFLINE is set: unset it to fetch one, "
-                            f"{instead}")
-    print0(f"fetching {BUNDLE_URL}")
-    staging = Path(tempfile.mkdtemp(prefix=".eval_bundle.", dir=folder.parent))
-    try:
-        with urllib.request.urlopen(BUNDLE_URL, timeout=seconds) as answer, open(staging / "bundle.zip", "wb") as file:
-            shutil.copyfileobj(answer, file)
-        with zipfile.ZipFile(staging / "bundle.zip") as bundle:
-            bundle.extractall(staging / "unpacked")
-        core = next((staging / "unpacked").rglob("core.yaml"), None)
-        if core is None:
-            raise zipfile.BadZipFile("it holds no core.yaml")
-        shutil.rmtree(folder, ignore_errors=True)
-        core.parent.rename(folder)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise NanochatError(f"cannot fetch {BUNDLE_URL} ({getattr(error, 'reason', error)}): go online and run the "
-                            f"same command again, {instead}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+orders = list(cores)
+plain = [sum(core["results"].values()) / len(tasks) for core in cores.values()]
+left.bar([place - 0.2 for place in range(len(orders))], plain, 0.4, label="mean accuracy")
+left.bar([place + 0.2 for place in range(len(orders))], [core["core_metric"] for core in cores.values()], 0.4,
+         label="mean centred accuracy: CORE")
+left.set(xlabel="order of the model (tokens)", xticks=range(len(orders)), xticklabels=orders, ylim=(0, 1),
+         ylabel="score")
+left.legend()
+sample = batches(tokenizer, held_out)
+curve = [evaluate_bpb(model, sample, len(sample), tokenizer.token_bytes()) for model in models.values()]
+right.plot(list(models), curve, marker="o", label="bits per byte")
+right.plot(orders, [core["core_metric"] for core in cores.values()], marker="s", label="CORE")
+right.set(xlabel="order of the model (tokens)", ylabel="bits per byte · CORE", ylim=(-0.1, None))
+_ = right.legend()
+
+# %% [markdown]
+# ## Exercises
+#
+# In [06_evaluation](../exercises/06_evaluation.ipynb):
+# - *bits_per_byte*: from losses, targets and the bytes of each token.
+# - *rows_of*: find the scored tokens in each of the three forms.
+# - *questions_needed*: when is a better CORE only luck?
+#
+# **Next:** [07 · Pretraining](07_pretraining.ipynb)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0
 
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # DCLM's tasks, 160 MB unpacked
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # the tasks of DCLM
 
 
 def nats_and_bytes(losses: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
@@ -100,6 +100,47 @@ def read_items(task: CoreTask, max_per_task: int = -1) -> list[dict]:
         raise NanochatError(f"no questions in {task.path}: delete the bundle to fetch it anew")
     random.Random(1337).shuffle(items)
     return items[:max_per_task] if max_per_task > 0 else items
+
+
+def find_bundle(path: str | Path = "") -> Path:
+    """The folder of the evaluation bundle: the one given, else base_dir()/eval_bundle, downloaded once."""
+    folder = Path(path).expanduser() if path else base_dir() / "eval_bundle"
+    if (folder / "core.yaml").exists():
+        return folder
+    if path:
+        raise NanochatError(f"no core.yaml in {folder}: give the folder of an evaluation bundle, or leave "
+                            "--eval-bundle away to fetch the real one")
+    with open(base_dir() / "eval_bundle.lock", "w") as lock:  # one process of a machine fetches, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "core.yaml").exists():
+            fetch_bundle(folder)
+    return folder
+
+
+def fetch_bundle(folder: Path, seconds: float = 10) -> None:
+    """Download and unpack BUNDLE_URL; the folder takes its name only when it is whole."""
+    world = base_dir() / "world" / "eval_bundle"
+    instead = f"or give --eval-bundle {world}, the embedded world's (made by python -m nanochat_lib.world)"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise NanochatError(f"no evaluation bundle in {folder}, and HF_HUB_OFFLINE is set: unset it to fetch one, "
+                            f"{instead}")
+    print0(f"fetching {BUNDLE_URL}")
+    staging = Path(tempfile.mkdtemp(prefix=".eval_bundle.", dir=folder.parent))
+    try:
+        with urllib.request.urlopen(BUNDLE_URL, timeout=seconds) as answer, open(staging / "bundle.zip", "wb") as file:
+            shutil.copyfileobj(answer, file)
+        with zipfile.ZipFile(staging / "bundle.zip") as bundle:
+            bundle.extractall(staging / "unpacked")
+        core = next((staging / "unpacked").rglob("core.yaml"), None)
+        if core is None:
+            raise zipfile.BadZipFile("it holds no core.yaml")
+        shutil.rmtree(folder, ignore_errors=True)
+        core.parent.rename(folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise NanochatError(f"cannot fetch {BUNDLE_URL} ({getattr(error, 'reason', error)}): go online and run the "
+                            f"same command again, {instead}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def examples_for(items: list[dict], index: int, shots: int) -> list[dict]:
@@ -238,44 +279,3 @@ def evaluate_core(model: Any, tokenizer: Any, device: Any, bundle_dir: str | Pat
         if report:
             report(f"{task.label:32} accuracy {accuracy:.4f} · centred {centred[task.label]:+.4f}")
     return {"results": results, "centered_results": centred, "core_metric": sum(centred.values()) / len(centred)}
-
-
-def find_bundle(path: str | Path = "") -> Path:
-    """The folder of the evaluation bundle: the one given, else base_dir()/eval_bundle, downloaded once."""
-    folder = Path(path).expanduser() if path else base_dir() / "eval_bundle"
-    if (folder / "core.yaml").exists():
-        return folder
-    if path:
-        raise NanochatError(f"no core.yaml in {folder}: give the folder of an evaluation bundle, or leave "
-                            "--eval-bundle away to fetch the real one")
-    with open(base_dir() / "eval_bundle.lock", "w") as lock:  # one process of a machine fetches, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "core.yaml").exists():
-            fetch_bundle(folder)
-    return folder
-
-
-def fetch_bundle(folder: Path, seconds: float = 10) -> None:
-    """Download and unpack BUNDLE_URL; the folder takes its name only when it is whole."""
-    world = base_dir() / "world" / "eval_bundle"
-    instead = f"or give --eval-bundle {world}, the embedded world's (made by python -m nanochat_lib.world)"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise NanochatError(f"no evaluation bundle in {folder}, and HF_HUB_OFFLINE is set: unset it to fetch one, "
-                            f"{instead}")
-    print0(f"fetching {BUNDLE_URL}")
-    staging = Path(tempfile.mkdtemp(prefix=".eval_bundle.", dir=folder.parent))
-    try:
-        with urllib.request.urlopen(BUNDLE_URL, timeout=seconds) as answer, open(staging / "bundle.zip", "wb") as file:
-            shutil.copyfileobj(answer, file)
-        with zipfile.ZipFile(staging / "bundle.zip") as bundle:
-            bundle.extractall(staging / "unpacked")
-        core = next((staging / "unpacked").rglob("core.yaml"), None)
-        if core is None:
-            raise zipfile.BadZipFile("it holds no core.yaml")
-        shutil.rmtree(folder, ignore_errors=True)
-        core.parent.rename(folder)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise NanochatError(f"cannot fetch {BUNDLE_URL} ({getattr(error, 'reason', error)}): go online and run the "
-                            f"same command again, {instead}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
