@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 04 · GPT
 #
-# *The question:* What is the model? — 40 minutes, less than one of them computing.
+# *What is the model?* — 40 minutes, less than one of them computing.
 #
 # Token ids go in, and for every position one number per token of the vocabulary comes out: how likely that token is
 # next. In between lie a table of vectors, a stack of blocks that each add something to those vectors, and a table to
@@ -56,9 +56,9 @@ def by_hand(x: Tensor) -> bool:
 
 # %% [markdown]
 # **Norm.** A vector is divided by the root of its mean square; there are no learned weights, since the matrix that
-# reads the result can hold them. With $y = s\,x/r$, a gradient $g$ loses its part along $y$ and is scaled: $\partial
-# x = \frac{s}{r}\left(g - y\,\frac{g\cdot y}{n s^2}\right)$. Only $y$ must be kept, and the next matrix keeps it
-# anyway.
+# reads the result can hold them. With $y = s\,x/r$, a gradient $g$ loses its part along $y$ and is scaled:
+# $\partial x = \frac{s}{r}\left(g - y\,\frac{g\cdot y}{n s^2}\right)$. Only $y$ must be kept, and the next matrix
+# keeps it anyway.
 
 # %%
 #| export fused
@@ -120,10 +120,10 @@ class SquaredRelu(Function):
 # came next: $\log\sum_j e^{z_j} - z_\text{target}$. Its gradient is simple: the probabilities, less one at the
 # target.
 #
-# With a vocabulary of 32,768 the logits are by far the largest tensor of all, and the plain way makes six of that
-# size. Here rows are handled a few at a time: logits, loss and gradient while they are still in the cache. One tensor
-# is kept, the gradient by the logits. And since the logits are capped, $e^z$ cannot overflow: no maximum is sought
-# first.
+# With a vocabulary of 32,768 the logits are by far the largest tensor of all, and the plain way makes several of
+# that size. Here rows are handled a few at a time: logits, loss and gradient while they are still in the cache. One
+# tensor is kept, the gradient by the logits. And since the logits are capped, $e^z$ cannot overflow: no maximum is
+# sought first.
 
 # %%
 #| export fused
@@ -333,7 +333,7 @@ assert torch.isclose((at(q, 9) * at(k, 4)).sum(), (at(q, 29) * at(k, 24)).sum(),
 # %% [markdown]
 # ## What came just before
 #
-# Half the work of a small model's first layers is to look one token back. **Smear** does it for the price of 24
+# A first thing that layers learn is to look one token back. **Smear** does it for the price of 24
 # weights: to each embedding it adds a part of the one before, as much as a gate says that looks at 24 channels.
 #
 # When tokens come one by one (lesson 08), the one before is not in this call's input. A cache keeps it for each row,
