@@ -1,0 +1,21 @@
+"""A task for tests of reinforcement learning (`--task tests.rl_task:HasE`): the answer should hold an e."""
+
+from nanochat_lib.tasks.common import Task, conversation_of
+
+
+class HasE(Task):
+    """Eight questions; half a point for an e, one for two."""
+
+    eval_type = "generative"
+
+    def __init__(self, split: str):
+        super().__init__([f"Question {number}?" for number in range(8)])
+
+    def conversation(self, row: str) -> dict:
+        return conversation_of(row, "e e")
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        return "e" in answer
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        return min(answer.count("e"), 2) / 2
