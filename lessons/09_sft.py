@@ -709,6 +709,20 @@ WORLD = {  # name → task of (split, data)
 }
 WORLD_TESTS = ("multiple_choice", "letter_counting", "spelling", "word_problems_1", "word_problems_2", "facts")
 
+# %%
+import tempfile
+
+from nanochat_lib.tasks.world import WORLD_TESTS
+from nanochat_lib.tasks.world import WORLD as world_tasks
+from nanochat_lib.world import World
+from nanochat_lib.world_tasks import write_tasks
+
+folder = tempfile.mkdtemp()
+write_tasks(World(1), Path(folder))
+for name in WORLD_TESTS:
+    example = world_tasks[name]("test", folder)[3]["messages"]
+    print(f"{name}: {example[-2]['content'].splitlines()[0]}")
+
 # %% [markdown]
 # ## The mixture
 #
@@ -834,6 +848,43 @@ from nanochat_lib.tasks.common import Task, TaskMixture, TaskSequence
 from nanochat_lib.tasks.registry import evaluation_tasks, get_task, mixture, validation_mixture
 
 __all__ = ["Task", "TaskMixture", "TaskSequence", "evaluation_tasks", "get_task", "mixture", "validation_mixture"]
+
+# %%
+from nanochat_lib.tasks import mixture
+
+to_learn = mixture("world", folder)
+print(f"{len(to_learn):,} conversations, the first: {to_learn[0]['messages'][0]['content']}")
+
+# %% [markdown]
+# ## What is learned of a conversation
+#
+# Lesson 02 turned a conversation into tokens and a mask. Here is one with its calculator calls: **green is learned**,
+# grey is only read. The question is the user's, the calculator's result is the calculator's; a model trained to write
+# either would learn to talk to itself and to make up results. The markers that hand over the word are learned too:
+# without `<|assistant_end|>` it would never stop, without `<|python_start|>` never calculate.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import html
+
+from IPython.display import HTML
+
+from nanochat_lib.course.models import ready
+from nanochat_lib.tokenizer import load_tokenizer
+
+
+def coloured(tokenizer, ids, mask) -> HTML:
+    """Tokens as boxes, green where learned."""
+    style = "color:#222;margin:1px;padding:1px 3px;border-radius:3px;white-space:pre;background:"
+    texts = (html.escape(tokenizer.id_to_token(token)).replace("\n", "↵") for token in ids)
+    boxes = (f'<span style="{style}{"#9fdca8" if learn else "#e4e4e4"}">{text}</span>' for text, learn in zip(texts, mask))
+    return HTML(f'<div style="line-height:1.9;font-family:monospace">{"".join(boxes)}</div>')
+
+
+ready("sft")
+tokenizer = load_tokenizer()
+example = world_tasks["word_problems_2"]("test", folder)[3]
+coloured(tokenizer, *tokenizer.render_conversation(example))
 
 # %% [markdown]
 # ## From conversations to batches
@@ -963,6 +1014,30 @@ class ConversationLoader:
         rows = [self.row() for _ in range(self.batch_size)]
         ids, mask = (torch.tensor(part, device=self.device) for part in zip(*rows))
         return ids[:, :-1].contiguous(), torch.where(mask[:, 1:] == 1, ids[:, 1:], -1)
+
+# %% [markdown]
+# Two batches from the same conversations: above, each row takes them as they come; below, the longest that fits out of
+# 100. White is padding: computed, paid for, learned from by nobody.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
+
+from nanochat_lib.tasks.packing import ConversationLoader
+
+figure, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True, layout="constrained")
+for axis, size, title in zip(axes, (1, 100), ("as they come", "best fit of 100")):
+    rows = torch.tensor([loader.row() for loader in [ConversationLoader(
+        tokenizer, to_learn, 1, 256, buffer_size=size)] for _ in range(14)])  # (14, ids and mask, 257)
+    ids, learned = rows[:, 0], rows[:, 1]
+    which = (ids == tokenizer.get_bos_token_id()).cumsum(1)  # number of the conversation within the row
+    padding = (ids == tokenizer.get_bos_token_id()) & (ids.roll(-1, 1) == ids)
+    picture = torch.where(padding.flip(1).cumprod(1).flip(1) == 1, 0, 1 + 2 * (which % 2) + learned)
+    axis.imshow(picture, aspect="auto", interpolation="none", vmin=0, vmax=4,
+                cmap=ListedColormap(["white", "#dddddd", "#7fc98b", "#bbbbbb", "#3d9a57"]))
+    axis.set(title=f"{title}: {(picture == 0).float().mean():.0%} padding", ylabel="row")
+_ = axes[1].set_xlabel("position in tokens; green is learned, the shade changes with the conversation")
 
 # %%
 #| export tasks/packing
@@ -1120,6 +1195,36 @@ def evaluate_chat(model: Any, tokenizer: Any, tasks: dict[str, Task], asking: As
     answers = ask(model, tokenizer, tasks, asking, runtime, progress)
     model.train(training)
     return grade(tasks, answers), [asdict(answer) for answer in answers]
+
+# %% [markdown]
+# Both models, the same questions. The base model has never seen the markers of a chat: their embeddings are as they
+# were initialized. How many of a hundred letters does each get right, and what do they say?
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+from nanochat_lib.checkpoint import load_model
+from nanochat_lib.engine import Engine
+from nanochat_lib.tasks.evaluate import choose_letters
+
+asked = [conversation_of(text, "") for text in ("Who are you?", "Where does Cleo live?", "How many n are in banana?")]
+asked.append(world_tasks["word_problems_1"]("test", folder)[0])
+quizzes = world_tasks["multiple_choice"]("test", folder)[:100]
+answers = {}
+for stage in ("base", "sft"):
+    model, tokenizer, _ = load_model(stage, "cpu")
+    completions = Engine(model, tokenizer).generate_many([tokenizer.render_for_completion(one) for one in asked],
+                                                         max_tokens=48, temperature=0.0)
+    answers[stage] = [tokenizer.decode(samples[0].tokens) for samples in completions]
+    letters = choose_letters(model, tokenizer, list(quizzes), batch_size=32)
+    right = sum(quizzes.evaluate(quiz, letter) for quiz, letter in zip(quizzes, letters))
+    print(f"{stage}: {right} of {len(quizzes)} letters right")
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+rows = zip((one["messages"][0]["content"] for one in asked), answers["base"], answers["sft"])
+cells = ("".join(f"<td style='text-align:left;vertical-align:top'>{html.escape(text)}</td>" for text in row) for row in rows)
+HTML("<table><tr><th>asked</th><th>base model</th><th>after SFT</th></tr>"
+     + "".join(f"<tr>{cell}</tr>" for cell in cells) + "</table>")
 
 # %% [markdown]
 # ## The command `chat_eval`
@@ -1546,3 +1651,34 @@ def chat_sft(settings: ChatSFT) -> None:
     bar.close()
     run.log.close()
     run.report()
+
+# %% [markdown]
+# What the rates do over a run:
+
+# %%
+from nanochat_lib.scripts.chat_sft import ChatSFT, rate_at
+
+shares = [i / 100 for i in range(101)]
+figure, axis = plt.subplots(figsize=(5, 2), layout="constrained")
+axis.plot(shares, [0.8 * rate_at(share, ChatSFT()) for share in shares])
+_ = axis.set(xlabel="share of the run that is done", ylabel="factor on the base rates", ylim=(0, 1))
+
+# %% [markdown]
+# In a terminal, on the world and on conversations of your own:
+#
+# ```
+# python -m nanochat_lib.scripts.chat_sft --mixture=world --num-iterations=200
+# python -m nanochat_lib.scripts.chat_sft --data=my.jsonl
+# python -m nanochat_lib.scripts.chat_eval -i sft --mixture=world
+# torchrun --nproc-per-node=8 -m nanochat_lib.scripts.chat_sft
+# ```
+#
+# ## Exercises
+#
+# In [09_sft](../exercises/09_sft.ipynb):
+# 1. `learned_mask`: which tokens of a conversation are learned, told from its markers alone.
+# 2. `inputs_and_targets`: shift, pad, ignore.
+# 3. `choose_letter`: the answer to a quiz, read off the logits of a padded batch.
+# 4. Explore: how much of a batch is padding, and what does a buffer of 100 save?
+#
+# **Next:** [10 · Reinforcement learning](10_rl.ipynb)
