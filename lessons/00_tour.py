@@ -14,6 +14,73 @@
 # # 00 · The tour
 #
 # *What is the whole path, and does it run on my machine?* — 10 minutes, about two of them computing.
+#
+# In this course you build the whole of a small ChatGPT: its data, its tokenizer, the model, the training, the chat.
+# The code you read in the lessons *is* the library `nanochat_lib`: cells marked `#| export` are copied into it, and
+# the same commands that run here in minutes train a GPT-2 grade model on eight GPUs. Nothing is a toy version of
+# something else; only the numbers differ.
+#
+# Text becomes tokens, tokens train a base model that continues any text, conversations turn it into a chat model, and
+# practice on problems with a known answer makes it better than its examples:
+
+# %%
+import matplotlib.pyplot as plt
+
+STAGES = [  # what is made, by which lesson, and the lessons it stands on
+    ("text", "01", "documents,\nin shards", []),
+    ("tokenizer", "02", "text to\nnumbers", []),
+    ("base model", "07", "continues\nany text", ["03 attention", "04 GPT", "05 optimizer", "06 evaluation"]),
+    ("chat model", "09", "answers\nquestions", []),
+    ("better\nchat model", "10", "learns from\nits own tries", ["08 engine", "calculator"]),
+    ("chat", "12", "notebook,\nterminal, web", ["08 engine"]),
+]
+figure, axes = plt.subplots(figsize=(10, 3.4))
+for place, (name, lesson, what, parts) in enumerate(STAGES):
+    axes.text(place, 0, name, ha="center", va="center", fontsize=10, weight="bold", color="white",
+              bbox={"boxstyle": "round,pad=0.45", "facecolor": "#2f6f4f", "edgecolor": "none"})
+    axes.text(place, 0.62, f"lesson {lesson}", ha="center", fontsize=10, color="#2f6f4f")
+    axes.text(place, -0.62, what, ha="center", va="top", fontsize=9, color="#555")
+    for row, part in enumerate(parts):
+        axes.text(place, -1.55 - 0.42 * row, part, ha="center", va="center", fontsize=9,
+                  bbox={"boxstyle": "round,pad=0.25", "facecolor": "#e8efe9", "edgecolor": "none"})
+    if place:
+        axes.annotate("", (place - 0.42, 0), (place - 0.58, 0), arrowprops={"arrowstyle": "-|>", "color": "#555"})
+axes.annotate("", (5.4, 1.05), (-0.4, 1.05), arrowprops={"arrowstyle": "-|>", "color": "#2f6f4f"})
+axes.text(2.5, 1.15, "lesson 11: one command runs it all", ha="center", fontsize=10, color="#2f6f4f")
+axes.set(xlim=(-0.5, 5.5), ylim=(-3.1, 1.45))
+_ = axes.axis("off")
+
+# %% [markdown]
+# ## The lessons
+#
+# Read them in order: each uses only what came before. A lesson runs from top to bottom in under a minute; the time is
+# for reading, changing cells and running them again. Exercises (`../exercises`) go with lessons 02 to 10.
+
+# %%
+import re
+from pathlib import Path
+
+from IPython.display import Markdown
+
+import nanochat_lib
+
+
+def card(lesson):
+    """One row of the map, from the lesson's first lines: its title, its question and its minutes."""
+    title, question = re.findall(r"^# (# .*|.* — .*)", lesson.read_text(), re.M)[:2]
+    question, _, time_ = question.partition(" — ")
+    question = question.replace("*The question:*", "").strip("* ")
+    return f"| [{title[2:]}]({lesson.stem}.ipynb) | {question} | {re.search('[0-9]+', time_)[0]} |"
+
+
+lessons = sorted((Path(nanochat_lib.__file__).parents[1] / "lessons").glob("[01]*.py"))
+Markdown("\n".join(["| lesson | the question it answers | minutes |", "|---|---|---|", *map(card, lessons)]))
+
+# %% [markdown]
+# ## The ground
+#
+# What follows in this lesson is the first module, `common`: the few things that every stage shares. Skim it now; the
+# later lessons lean on it.
 
 # %%
 #| default_exp common
@@ -48,9 +115,9 @@ from tqdm.auto import tqdm
 # %% [markdown]
 # ## One way to fail
 #
-# A missing file should cost a reader one line, not forty: what is wrong, and the command that mends it.
-# Every such failure is a `NanochatError`, and every command runs through `run_cli`, which turns a settings
-# dataclass into flags (tyro) and the error into that line.
+# A missing file should cost a reader one line, not forty: what is wrong, and the command that mends it. Every such
+# failure is a `NanochatError`, and every command runs through `run_cli`, which turns a settings dataclass into flags
+# (tyro) and the error into that line.
 
 # %%
 #| export
@@ -81,8 +148,8 @@ def run_cli(function: Callable[[Any], Any]) -> None:
 # %% [markdown]
 # ## Where files live
 #
-# Everything the course makes goes under one folder. A file is first written beside its place and then renamed, so
-# that a killed process leaves the old file or the new one, never half of one.
+# Everything the course makes goes under one folder. A file is first written beside its place and then renamed, so that
+# a killed process leaves the old file or the new one, never half of one.
 
 # %%
 #| export
@@ -135,8 +202,8 @@ def read_json(path: Path) -> Any:
 # %% [markdown]
 # ## Which device, which number format, which process
 #
-# The same commands run on a laptop and, through `torchrun`, on eight GPUs: each process asks who it is. The
-# number format follows the device: bfloat16 where the GPU multiplies it fast (Ampere and later), float32 elsewhere;
+# The same commands run on a laptop and, through `torchrun`, on eight GPUs: each process asks who it is. The number
+# format follows the device: bfloat16 where the GPU multiplies it fast (Ampere and later), float32 elsewhere;
 # `NANOCHAT_DTYPE` overrules.
 
 # %%
@@ -220,8 +287,8 @@ def print0(*values: Any) -> None:
 # %% [markdown]
 # ## Seeing what happens
 #
-# Every run writes `metrics.jsonl`, one line per event, that any tool can read; Weights & Biases joins in only when a run
-# is given a name.
+# Every run writes `metrics.jsonl`, one line per event, that any tool can read; Weights & Biases joins in only when a
+# run is given a name.
 
 # %%
 #| export
@@ -288,3 +355,82 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "compute_dtype": str(compute_dtype()).removeprefix("torch."),
     }
+
+# %% [markdown]
+# ## Does it run here?
+#
+# Everything in the course runs on two processor cores. This is your machine, and how fast it multiplies matrices,
+# which is nearly all of the work of a language model.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+machine = environment()
+device, dtype = torch.device(pick_device()), compute_dtype()
+a = torch.randn(1024, 1024, device=device, dtype=dtype)
+seconds = []
+for _ in range(10):
+    begun = time.perf_counter()
+    float((a @ a)[0, 0])  # reading a number waits for the device
+    seconds.append(time.perf_counter() - begun)
+machine["matmul"] = f"{2 * 1024**3 / min(seconds) / 1e9:,.0f} GFLOP/s in {dtype}, on {device}"
+for name, value in machine.items():
+    print(f"{name:14} {value}")
+assert sys.version_info >= (3, 10), "the course needs Python 3.10 or later"
+
+# %% [markdown]
+# ## How exercises work
+#
+# An exercise is a function to write and, in the next cell, a check that looks at it. Here is one, to see how it feels.
+#
+# **A model that knows nothing** gives each of its V tokens the same probability, 1/V. The loss is the mean of
+# −ln(probability of the token that came). What is it? Run the check as it stands: *not done yet* is no error, the
+# notebook runs on.
+
+# %%
+def guessing_loss(vocab_size: int) -> float:
+    """The loss, in nats per token, of a model that gives all `vocab_size` tokens the same probability."""
+    raise NotImplementedError  # your code here
+
+# %%
+from nanochat_lib.course.checks import tour as check
+
+check.guessing_loss(guessing_loss)
+
+# %% [markdown]
+# A wrong answer is told what is probably wrong with it, in words; hints open one by one:
+
+# %%
+check.guessing_loss(lambda vocab_size: math.log2(vocab_size))
+
+# %% [markdown]
+# And a right one is remembered: `python -m nanochat_lib.course progress` shows how far you are. Every untrained model
+# of this course starts at this very loss: with the 1,024 tokens of the small one, near 6.93.
+
+# %%
+check.guessing_loss(lambda vocab_size: math.log(vocab_size))
+
+# %% [markdown]
+# ## The whole path, once
+#
+# Now the real thing, at its smallest: the `tour` preset makes a little world, a tokenizer, a base model, a chat model,
+# and practises, all in a minute or two. (If this machine has a model already, its report is shown instead.) The curves
+# are short and the answers poor; `make run` takes ten minutes and does better. Each number in it is a lesson's
+# subject.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+from IPython.display import display
+
+from nanochat_lib.course.models import ready
+from nanochat_lib.launch import describe
+from nanochat_lib.report import draw, gather
+
+ready("rl")
+print(describe(base_dir()))
+display(draw(gather(base_dir(), "tour", {})))
+
+# %% [markdown]
+# It was made by commands that you could have typed one by one; they are at the end of lesson 11. Say hello to it in a
+# terminal (`python -m nanochat_lib.scripts.chat_cli`), or read on to see how it came to be.
+#
+# **Next:** [01 · Data](01_data.ipynb)

@@ -134,8 +134,8 @@ def test_page_settings_phone_and_dark(server, open_page):
     say(page, "y" * 300)
     answers(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    red, green, blue = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
-    assert max(red, green, blue) < 60
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", background)[:3])) < 60, "dark"
     page.reload()
     page.click("#open")
     assert page.input_value("#max_tokens") == "3", "settings are kept"
