@@ -13,98 +13,79 @@
 # %% [markdown]
 # # 08 · The engine
 #
-# *How does it answer quickly, and use a calculator?* — 20 minutes, about one of them computing.
+# *How does it answer quickly, and use a calculator?* — 25 minutes, about one of them computing.
 
 # %%
 #| default_exp engine
 
 # %% [markdown]
-# ## A calculator that can be trusted
+# A model gives one thing: the probabilities of the next token. An answer of a hundred tokens takes a hundred calls, a step of
+# reinforcement learning takes 256 answers, a web server has strangers waiting. This lesson makes that fast without changing a single
+# token, and puts a calculator into the stream.
 #
-# The model writes the expression, so it is a stranger's text: `eval` is out of the question. Python's own parser turns it into a
-# tree; we walk the tree and know only numbers, six operators and `'word'.count('r')`. Fractions keep 0.1 + 0.2 at 0.3.
+# First a small model with random weights to try things on. Speed does not depend on what a model knows.
 
 # %%
-#| export tools
-"""The calculator a chat model may call while it answers."""
+import time
 
-# %%
-#| export tools
-import ast
-import operator
-import re
-from decimal import Context, Decimal
-from fractions import Fraction
-
-MAX_LENGTH, MAX_DEPTH, MAX_SIZE = 256, 32, 10**40
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg}
-QUOTED = r"'[^'\\]*'|\"[^\"\\]*\""
-ALLOWED = re.compile(rf"(?:[0-9\s.+\-*/%()]|{QUOTED}|(?<=['\"])\.count\()*")  # no letter outside quotes, so no names
-COMMA = re.compile(rf"({QUOTED})|(?<=\d),(?=\d{{3}}(?!\d))")  # a thousands comma, not one in a quoted word
-
-
-def evaluate(node: ast.AST, depth: int = 0) -> Fraction:
-    """The exact value of an expression's tree. Raises ValueError or ArithmeticError for what a calculator has no key for."""
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deep")
-    match node:
-        case ast.Constant(value=int() | float() as number):
-            value = Fraction(str(number))  # the decimal that was typed, not its nearest binary
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            value = Fraction(OPERATORS[type(op)](evaluate(left, depth + 1), evaluate(right, depth + 1)))
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            value = OPERATORS[type(op)](evaluate(operand, depth + 1))
-        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
-                      args=[ast.Constant(value=str() as part)], keywords=[]):
-            value = Fraction(text.count(part))
-        case _:
-            raise ValueError(f"no key for {type(node).__name__}")
-    if abs(value.numerator) > MAX_SIZE or value.denominator > MAX_SIZE:
-        raise ValueError("too many digits")
-    return value
-
-
-def calculate(expression: str) -> str | None:
-    """The value of `expression` as decimal text (ten significant digits), or None if it is not one. Never raises.
-
-    Knows numbers (with thousands commas), + - * / // %, parentheses and 'word'.count('r'). Nothing is executed; length,
-    nesting and digits are bounded, and so is time (well under a millisecond).
-    """
-    text = COMMA.sub(lambda match: match[1] or "", expression[:MAX_LENGTH + 1].strip())
-    if len(expression) > MAX_LENGTH or not ALLOWED.fullmatch(text):
-        return None
-    try:
-        value = evaluate(ast.parse(" ".join(text.split()), mode="eval").body)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{Context(prec=10).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
-
-# %%
-#| export
-"""Fast generation: a cache of keys and values, a batch that rows join and leave, and a calculator in the loop."""
-
-# %%
-#| export
-import contextlib
-import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-
+import matplotlib.pyplot as plt
 import numpy as np
-import psutil
 import torch
 
-from nanochat_lib.common import NanochatError, progress as progress_bar
-from nanochat_lib.gpt import GPT, GPTConfig, softcap
-from nanochat_lib.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat_lib.tools import calculate
+from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.tokenizer import Tokenizer
+
+tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])  # every byte a token, and the special ones
+config = GPTConfig(sequence_len=256, vocab_size=tokenizer.get_vocab_size(), n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
+torch.manual_seed(0)
+model = build_model(config, "cpu").eval()
+for parameter in model.parameters():
+    parameter.data += 0.05 * torch.randn_like(parameter)  # fresh blocks add nothing; these do
+
+# %% [markdown]
+# ## Prefill and decode
+#
+# Attention looks back at the keys and values of all tokens before. They do not change when a token is added, since no token
+# sees a later one. Computed again for each new token, a text of T tokens costs T²/2 positions; kept, it costs T.
+#
+# So generation has two phases. **Prefill** reads the prompt in one forward pass: many positions at once, big matrix products, bound by
+# arithmetic. **Decode** adds a token at a time: each step reads all weights and the whole cache to multiply them with a single
+# vector, and is bound by memory.
 
 # %%
-#| export
+prompt, new = 24, 40
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+for axes, title in ((left, "recomputing"), (right, "with a cache")):
+    work = np.zeros((new, prompt + new))
+    for step in range(new):
+        first = 0 if title == "recomputing" or step == 0 else prompt + step - 1
+        work[step, first:prompt + step] = 1 if step == 0 else 2
+    axes.imshow(work, aspect="auto", cmap="GnBu", interpolation="none", vmax=2.5)
+    axes.set(title=f"{title}: {int((work > 0).sum())} positions computed", xlabel="position (tokens)")
+_ = left.set_ylabel("forward pass")
+
+# %% [markdown]
+# ## The cache
+#
+# A batch holds rows of different lengths, so each row writes at its own place. Four things to note in the code:
+#
+# - Position comes last but one, so that one head's keys lie in one piece of memory, as attention reads them.
+# - Prompts of different length are prefilled together, padded on the right. What the padding writes lies behind the row's end and is
+#   overwritten before anything sees it.
+# - The smear of lesson 04 wants the previous token's embedding: one more vector per row.
+# - A finished row leaves a hole. The last row moves into it: one copy, and the batch stays dense.
+
+# %%
+#| export kv_cache
+"""Keys and values of past tokens, for a batch whose rows have their own lengths."""
+
+import numpy as np
+import torch
+
+from nanochat_lib.gpt import GPTConfig
+
+# %%
+#| export kv_cache
 class KVCache:
     """Keys and values of every layer for up to `rows` sequences, each with its own length.
 
@@ -170,7 +151,75 @@ class KVCache:
         self.previous = self.previous[:keep]
 
 # %%
-#| export
+#| export kv_cache
+def cache_bytes(config: GPTConfig, rows: int, capacity: int, bytes_per_number: int = 4) -> int:
+    """Memory of keys and values: 2 · layers · rows · kv heads · positions · head dim numbers."""
+    return 2 * config.n_layer * rows * config.n_kv_head * capacity * (config.n_embd // config.n_head) * bytes_per_number
+
+# %%
+cache = KVCache(config, rows=2, capacity=16)
+ids = torch.randint(0, 256, (2, 12))
+with torch.inference_mode():
+    cache.resize([0, 0], "cpu")
+    cache.counts = torch.tensor([5, 8])  # the first row has 5 tokens, the second 8
+    model(ids[:, :8], kv_cache=cache)
+    logits = model(torch.stack((ids[0, 5:6], ids[1, 8:9])), kv_cache=cache)[:, 0]  # one more token each
+    expected = torch.stack((model(ids[:1, :6])[0, -1], model(ids[1:, :9])[0, -1]))
+assert cache.lengths.tolist() == [6, 9] and torch.allclose(logits, expected, atol=1e-5)
+
+# %% [markdown]
+# What does it cost? Two numbers (key and value) per layer, head, channel and position. The memory of a GPU is shared by weights
+# and cache, so this decides how many people can be served at once. Grouped queries (fewer kv heads than heads) and short
+# contexts are the ways to shrink it. Change the numbers:
+
+# %%
+def show_cost(depth=12, kv_heads=6, context=2048, rows=32):
+    config = GPTConfig(context, 32768, depth, 12, kv_heads, 12 * 128)
+    print(f"{cache_bytes(config, rows, context, bytes_per_number=2) / 1e9:.2f} GB in bfloat16")
+
+
+show_cost()
+show_cost(kv_heads=1)
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+from ipywidgets import interact
+
+_ = interact(show_cost, depth=(4, 32, 4), kv_heads=[1, 2, 3, 4, 6, 12], context=[512, 1024, 2048, 4096, 8192], rows=(1, 256))
+
+# %% [markdown]
+# ## From logits to a token
+#
+# **Temperature** divides the logits: below 1 the likely gets likelier, 0 is the likeliest alone. **Top-k** keeps the k likeliest
+# tokens; **top-p** the fewest whose probabilities reach p.
+
+# %%
+logits = torch.tensor([2.2, 1.9, 1.2, 0.9, 0.3, 0.1, -0.4, -0.8, -1.5, -2.0])
+fig, axes = plt.subplots(1, 4, figsize=(10, 2.4), sharey=True, layout="constrained")
+for panel, (temperature, k) in zip(axes, ((1.0, 10), (0.5, 10), (2.0, 10), (1.0, 3))):
+    kept = logits.masked_fill(torch.arange(10) >= k, -torch.inf) / temperature
+    panel.bar(range(10), kept.softmax(0), color="tab:green" if k < 10 else "tab:blue")
+    panel.set(xticks=range(0, 10, 3), title=f"temperature {temperature}" + (f", top-k {k}" if k < 10 else ""), xlabel="token, by rank")
+_ = axes[0].set_ylabel("probability")
+
+# %% [markdown]
+# Drawing from them needs chance, and chance is a trap in a batch: with one generator for all rows, an answer would change with
+# its neighbours. Here each row has a key made of its prompt, seed and sample number, and the noise of its n-th token is a *hash* of key and
+# n. No state, no order, nothing shared: the same request gives the same answer alone or among 255 others.
+#
+# How to draw with noise: add to each logit a number −log(−log u), u uniform, and take the largest. That is an exact draw from the softmax
+# (Gumbel's trick). It beats throwing a dart at the cumulated probabilities, where each of 32,768 borders is a place at which rounding
+# can tip the choice; here only the two best compete.
+
+# %%
+#| export sampling
+"""Choosing tokens: temperature, top-k, top-p, and noise that depends on nothing but the row itself."""
+
+import numpy as np
+import torch
+
+# %%
+#| export sampling
 def draw_seeds(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """32 fresh bits per row from its key and its number of tokens: splitmix64 (Steele et al. 2014).
 
@@ -212,7 +261,132 @@ def sample(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, 
     return ids.expand_as(logits).gather(-1, place)[:, 0]
 
 # %%
-#| export
+rows = 100_000
+seeds = torch.from_numpy(draw_seeds(np.full(rows, 42, np.uint64), np.arange(rows)))
+drawn = sample(logits.expand(rows, -1), seeds, temperature=0.8, top_k=5).bincount(minlength=10) / rows
+expected = (logits[:5] / 0.8).softmax(0)
+assert torch.allclose(drawn[:5], expected, atol=0.006) and drawn[5:].sum() == 0
+
+# %% [markdown]
+# ## A calculator that can be trusted
+#
+# The model writes the expression, so it is a stranger's text: `eval` is out of the question. Python's own parser turns it into a
+# tree; we walk the tree and know only numbers, six operators and `'word'.count('r')`. Fractions keep 0.1 + 0.2 at 0.3.
+
+# %%
+#| export tools
+"""The calculator a chat model may call while it answers."""
+
+import ast
+import operator
+import re
+from decimal import Context, Decimal
+from fractions import Fraction
+
+MAX_LENGTH, MAX_DEPTH, MAX_SIZE = 256, 32, 10**40
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg}
+QUOTED = r"'[^'\\]*'|\"[^\"\\]*\""
+ALLOWED = re.compile(rf"(?:[0-9\s.+\-*/%()]|{QUOTED}|(?<=['\"])\.count\()*")  # no letter outside quotes, so no names
+COMMA = re.compile(rf"({QUOTED})|(?<=\d),(?=\d{{3}}(?!\d))")  # a thousands comma, not one in a quoted word
+
+
+def evaluate(node: ast.AST, depth: int = 0) -> Fraction:
+    """The exact value of an expression's tree. Raises ValueError or ArithmeticError for what a calculator has no key for."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deep")
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            value = Fraction(str(number))  # the decimal that was typed, not its nearest binary
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            value = Fraction(OPERATORS[type(op)](evaluate(left, depth + 1), evaluate(right, depth + 1)))
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+            value = OPERATORS[type(op)](evaluate(operand, depth + 1))
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+                      args=[ast.Constant(value=str() as part)], keywords=[]):
+            value = Fraction(text.count(part))
+        case _:
+            raise ValueError(f"no key for {type(node).__name__}")
+    if abs(value.numerator) > MAX_SIZE or value.denominator > MAX_SIZE:
+        raise ValueError("too many digits")
+    return value
+
+
+def calculate(expression: str) -> str | None:
+    """The value of `expression` as decimal text (ten significant digits), or None if it is not one. Never raises.
+
+    Knows numbers (with thousands commas), + - * / // %, parentheses and 'word'.count('r'). Nothing is executed; length,
+    nesting and digits are bounded, and so is time (well under a millisecond).
+    """
+    text = COMMA.sub(lambda match: match[1] or "", expression[:MAX_LENGTH + 1].strip())
+    if len(expression) > MAX_LENGTH or not ALLOWED.fullmatch(text):
+        return None
+    try:
+        value = evaluate(ast.parse(" ".join(text.split()), mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    if value.denominator == 1:
+        return str(value.numerator)
+    return f"{Context(prec=10).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
+
+# %%
+for expression in ("12 * 34", "0.1 + 0.2", "1,250 / 4", "'strawberry'.count('r')", "1 / 0", "9**9**9", "__import__('os')"):
+    print(f"{expression:26} {calculate(expression)}")
+
+# %% [markdown]
+# The calculator enters the stream by a small state machine, one per row. The model opens a call, writes the expression, closes
+# it; then the result is *forced*: these tokens are fed as if the model had said them, and marked with mask 0, because no one may
+# learn from words it did not choose. Whatever else a model does with the markers (never closes, opens twice, closes what is not
+# open) leads back to a state from which it simply goes on.
+
+# %%
+states = {"text": (0, 0), "in a call": (1, 0), "forced": (2, 0), "end": (0, -0.9)}
+arrows = [("text", "in a call", "python_start", 0.3), ("in a call", "text", "python_end, no value", 0.3),
+          ("in a call", "forced", "python_end:\ncalculate", 0), ("forced", "text", "all said:\noutput_start result output_end", -0.3),
+          ("text", "end", "assistant_end, bos", 0)]
+fig, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
+for a, b, label, bend in arrows:
+    (x0, y0), (x1, y1) = states[a], states[b]
+    axes.annotate("", (x1, y1), (x0, y0), arrowprops=dict(arrowstyle="->", shrinkA=32, shrinkB=32, lw=1.5,
+                                                         connectionstyle=f"arc3,rad={-bend}"))
+    height = bend * abs(x1 - x0) / 2 * (1 if x1 > x0 else -1)
+    axes.text((x0 + x1) / 2 + 0.05 * (x0 == x1), (y0 + y1) / 2 + height, label, ha="left" if x0 == x1 else "center",
+              va="bottom" if height >= 0 else "top", fontsize=9)
+for name, (x, y) in states.items():
+    axes.text(x, y, name, ha="center", va="center", bbox=dict(boxstyle="circle,pad=0.6", fc="#fec" if name == "forced" else "#cdf"))
+axes.text(1, -0.42, "python_start: begin anew", ha="center", fontsize=9)
+axes.set(xlim=(-0.4, 2.5), ylim=(-1.25, 0.75))
+axes.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## Rows that come and go
+#
+# Answers differ in length. If a batch waits for its longest answer, most of it computes nothing. In **continuous batching** a finished
+# row leaves at once and a waiting request takes its place. A request says what is wanted; the batch holds all that runs.
+
+# %%
+#| export batch
+"""A running batch: requests join when rows are free, leave when finished, and may call the calculator."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.kv_cache import KVCache
+from nanochat_lib.sampling import draw_seeds, sample
+
+if TYPE_CHECKING:
+    from nanochat_lib.engine import Engine
+
+# %%
+#| export batch
 @dataclass(frozen=True)
 class Token:
     """One token of an answer as it comes; the last one says why it is the last."""
@@ -263,8 +437,13 @@ class Request:
         text = f"{self.seed} {self.sample} {self.prompt}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
+# %% [markdown]
+# One step: sample every row, note the tokens, let the tools speak, drop what is finished, run the model on the rest. All of it
+# works on whole arrays. Python looks at single rows only where something special happened, and the host waits for the
+# device once per step, for the chosen tokens.
+
 # %%
-#| export
+#| export batch
 PREFILL = 8192  # most tokens of one prefill, padding included: bounds its memory
 
 
@@ -444,6 +623,31 @@ class Batch:
         del self.running[keep:]
         return finished
 
+# %% [markdown]
+# ## The engine
+#
+# What remains is a face for each use: `generate_many` for reinforcement learning and evaluation, `stream` for a chat, `generate` and
+# `generate_batch` for one prompt.
+
+# %%
+#| export
+"""Fast generation from a model: streams, batches, samples, with a calculator in the loop."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import torch
+
+from nanochat_lib.batch import Batch, Completion, Request, Token
+from nanochat_lib.common import NanochatError, progress as progress_bar
+from nanochat_lib.gpt import GPT, softcap
+from nanochat_lib.kv_cache import KVCache, cache_bytes
+from nanochat_lib.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_lib.tools import calculate
+
 # %%
 #| export
 class Speller:
@@ -462,11 +666,6 @@ class Speller:
             return ""  # the first bytes of a character that has up to four
         self.held.clear()
         return text
-
-
-def cache_bytes(config: GPTConfig, rows: int, capacity: int, bytes_per_number: int = 4) -> int:
-    """Memory of keys and values: 2 · layers · rows · kv heads · positions · head dim numbers."""
-    return 2 * config.n_layer * rows * config.n_kv_head * capacity * (config.n_embd // config.n_head) * bytes_per_number
 
 # %%
 #| export
@@ -576,6 +775,53 @@ class Engine:
         if request.completion.finish_reason == "context" and not request.completion.tokens:
             raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {self.model.config.sequence_len}: shorten it")
 
+# %% [markdown]
+# The same tokens as the slow way, in any company:
+
+# %%
+engine = Engine(model, tokenizer)
+prompts = [list(range(60, 60 + length)) for length in (3, 30, 90, 91)]
+answers = engine.generate_many(prompts, max_tokens=24, temperature=0.0, rows=3)
+for prompt, [answer] in zip(prompts, answers):
+    slow = list(model.generate(prompt, 24, temperature=0.0))
+    assert answer.tokens == slow[:len(answer.tokens)]
+    print(f"{len(prompt):2} tokens of prompt, {len(answer.tokens)} of answer: {answer.finish_reason}")
+
+# %% [markdown]
+# And the timeline: twelve requests on four rows. Each colour is a request; compare with batches of four that wait for their slowest.
+
+# %%
+requests = [Request([65 + i] * (4 + i), max_tokens=budget, temperature=0.0)
+            for i, budget in enumerate((30, 6, 12, 9, 22, 5, 14, 8, 26, 7, 10, 16))]
+engine.notable[:] = False  # for the picture, only the budget ends an answer
+batch, timeline = engine.batch(rows=4), []
+for request in requests:
+    batch.add(request)
+while batch:
+    before = set(zip(batch.line.tolist(), batch.running))
+    batch.step()
+    timeline.append(before | set(zip(batch.line.tolist(), batch.running)))  # those who left in this step, and those who joined
+waves = [requests[i:i + 4] for i in range(0, 12, 4)]
+fig, (above, below) = plt.subplots(2, 1, figsize=(10, 3.6), sharex=True, layout="constrained")
+colour = {request: plt.cm.tab20(i) for i, request in enumerate(requests)}
+for step, running in enumerate(timeline):
+    for row, request in running:
+        above.broken_barh([(step, 1)], (row - 0.4, 0.8), color=colour[request])
+start = 0
+for wave in waves:
+    for row, request in enumerate(wave):
+        below.broken_barh([(start, request.max_tokens)], (row - 0.4, 0.8), color=colour[request])
+    start += max(request.max_tokens for request in wave)
+for axes, title in ((above, f"rows that come and go: {len(timeline)} steps"), (below, f"waves of four: {start} steps")):
+    axes.set(title=title, ylabel="row", yticks=range(4))
+_ = below.set_xlabel("step (one token for each row)")
+
+# %% [markdown]
+# ## How fast?
+#
+# `python -m nanochat_lib.scripts.infer_bench` measures what the cache and the batch bring, in interleaved rounds, and how near decoding comes
+# to the bound set by memory: a token cannot be faster than reading the weights and the cache once.
+
 # %%
 #| export scripts/infer_bench
 """How fast a model generates: cache against recomputation, one batch against one by one, and the memory bound.
@@ -585,8 +831,6 @@ class Engine:
     python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048
 """
 
-# %%
-#| export scripts/infer_bench
 import random
 import statistics
 import time
@@ -597,13 +841,14 @@ import torch
 
 from nanochat_lib.checkpoint import load_model
 from nanochat_lib.common import pick_device, print0, run_cli
-from nanochat_lib.engine import Engine, Request, cache_bytes
+from nanochat_lib.batch import Request
+from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.kv_cache import cache_bytes
 from nanochat_lib.tokenizer import Tokenizer
 
 # %%
 #| export scripts/infer_bench
-#| cli infer_bench
 @dataclass
 class Settings:
     """What to measure. Without --source a model of random weights is made: speed does not depend on what it learned."""
@@ -641,7 +886,9 @@ def bandwidth(device: torch.device) -> float:
     block = torch.ones(2**26, device=device)
     return 2**28 * medians({"read": lambda: int(block.sum() > 0)}, 5, device)["read"]
 
-
+# %%
+#| export scripts/infer_bench
+#| cli infer_bench
 def infer_bench(settings: Settings) -> None:
     """Measure generation: the cache, the batch, the memory bound."""
     device = torch.device(pick_device(settings.device_type))
@@ -703,3 +950,22 @@ def infer_bench(settings: Settings) -> None:
         text = ", ".join(f"{rate:,.0f} tokens/s {name}" for name, rate in rates.items())
         batched, single = rates.values()
         print0(f"{title}: {text}: {batched / single:.1f}×")
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+infer_bench(Settings(repeats=1, requests=16, questions=4, max_new_tokens=16, device_type="cpu"))
+
+# %% [markdown]
+# A model this small is not bound by memory on a CPU but by the hundreds of little operations of a step, each of which has a fixed price.
+# A batch shares that price, which is why it gains so much. On a GPU with a larger model the last line comes nearer to 100 %.
+#
+# ## Exercises
+#
+# In [exercises/08_engine](../exercises/08_engine.ipynb):
+#
+# 1. `sample`: temperature and top-k.
+# 2. `cache_bytes`: what a cache costs, and which context fits.
+# 3. `calculate`: a calculator on Python's syntax tree.
+# 4. Measure: where does a batch stop paying?
+#
+# **Next:** [09 · Chat](09_sft.ipynb) turns a base model into one that answers.

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.engine import Engine, KVCache, Request, cache_bytes, draw_seeds, sample
+from nanochat_lib.batch import Request
+from nanochat_lib.engine import Engine
+from nanochat_lib.kv_cache import KVCache, cache_bytes
+from nanochat_lib.sampling import draw_seeds, sample
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@
     python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048
 """
 
-
 import random
 import statistics
 import time
@@ -17,8 +16,10 @@ import torch
 
 from nanochat_lib.checkpoint import load_model
 from nanochat_lib.common import pick_device, print0, run_cli
-from nanochat_lib.engine import Engine, Request, cache_bytes
+from nanochat_lib.batch import Request
+from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.kv_cache import cache_bytes
 from nanochat_lib.tokenizer import Tokenizer
 
 
