@@ -761,6 +761,6 @@ def tok_eval(settings: TokEval) -> None:
 # In [02_tokenizer](../exercises/02_tokenizer.ipynb):
 # - *train_simple*: write the trainer from its rule, tie-break included.
 # - *render_conversation*: a chat as ids and mask, tools and system message too.
-# - *smallest_vocab*: how many ids pay for themselves?
+# - *flops_per_byte*: which vocabulary is the cheapest to train with?
 #
 # **Next:** [03 · Attention](03_attention.ipynb)

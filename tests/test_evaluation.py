@@ -181,7 +181,8 @@ def test_the_world_in_batches_as_one_by_one(world_bundle, tokenizer):
     got = evaluate_core(model, tokenizer, "cpu", world_bundle, max_per_task=40)
     assert got["results"] == pytest.approx(reference_accuracies(model, tokenizer, world_bundle, 40))
     assert len(set(got["results"].values())) > 1
-    baselines = {"world_facts_mc": 0.25, "world_kin_mc": 0.25, "world_schema": 0.5, "world_facts_lm": 0, "world_sums_lm": 0}
+    baselines = {"world_facts_mc": 0.25, "world_kin_mc": 0.25, "world_schema": 0.5, "world_facts_lm": 0,
+                 "world_sums_lm": 0}
     for label, base in baselines.items():
         assert got["centered_results"][label] == pytest.approx((got["results"][label] - base) / (1 - base))
     assert got["core_metric"] == pytest.approx(sum(got["centered_results"].values()) / 5)
