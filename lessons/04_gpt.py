@@ -704,9 +704,9 @@ except NanochatError as error:
 #
 # [exercises/04_gpt.ipynb](../exercises/04_gpt.ipynb)
 #
-# 1. **rmsnorm**: the norm, and where its epsilon goes.
-# 2. **apply_rotary_emb**: rotate pairs of channels, the right pairs, the right way.
-# 3. **squared_relu** with its gradient by hand.
-# 4. **parameters_by_depth**: how the count grows when only the depth is turned.
+# 1. **norm**: the mean square, and where its epsilon goes.
+# 2. **apply_rotary_emb**: the right pairs, turned the right way.
+# 3. **SquaredRelu**: a formula with its gradient by hand.
+# 4. **parameters_by_depth**: what grows when only the depth is turned.
 #
 # **Next:** [05 · How weights learn](05_optimizer.ipynb)
