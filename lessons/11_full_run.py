@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 11 · The full run
 #
-# *How do I launch the real thing?* — 20 minutes to read; the run itself takes ten on a laptop, an evening on
-# one GPU, under two hours on eight.
+# *How do I launch the real thing?* — 20 minutes to read; the run itself takes ten on a laptop, an evening on one GPU,
+# under two hours on eight.
 
 # %%
 #| default_exp pipeline
@@ -30,10 +30,12 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,8 +48,8 @@ from nanochat_lib.report import headline, write_report
 # %% [markdown]
 # ## A stage is a command
 #
-# Nothing happens in the pipeline that you could not type yourself. A stage is a name, a module and its flags; a preset is a
-# handful of numbers for those flags. Depth decides the rest (lesson 07).
+# Nothing happens in the pipeline that you could not type yourself. A stage is a name, a module and its flags; a preset
+# is a handful of numbers for those flags. Depth decides the rest (lesson 07).
 
 # %%
 #| export
@@ -153,10 +155,33 @@ def plan(preset: Preset, data: str = "", run: str = "dummy") -> list[Stage]:
     ]
 
 # %% [markdown]
+# Here they are, the commands of the laptop's run. (`python -m nanochat_lib.pipeline --preset laptop --dry-run` prints
+# the same.) Copy any of them into a terminal, and you have run that stage.
+
+# %%
+def show(name):
+    """The commands of a preset, as one would type them."""
+    preset = PRESETS[name]
+    for stage in plan(preset):
+        command = shlex.join(["python", *stage.command(f"--nproc-per-node={preset.nproc} --standalone")[1:]])
+        print(command.replace(str(base_dir()), "$NANOCHAT_BASE_DIR"), end="\n\n")
+
+
+show("laptop")
+
+# %% [markdown]
+# The big one is the same list with other numbers: text from the hub instead of the little world, eight processes
+# instead of one, depth 24 instead of 4.
+
+# %%
+show("speedrun")
+
+# %% [markdown]
 # ## Stopped anywhere, it goes on
 #
 # A stage's *key* is a hash of its own command and the keys of all stages before it. A stage whose key is recorded as
-# finished is skipped; one that was begun under the same key resumes; one whose flags, or whose input, changed starts anew.
+# finished is skipped; one that was begun under the same key resumes; one whose flags, or whose input, changed starts
+# anew.
 
 # %%
 #| export
@@ -189,8 +214,20 @@ def stage_keys(stages: list[Stage], nproc: int) -> list[str]:
     return keys
 
 # %% [markdown]
-# A stage's standard output goes to its log; what it says on standard error (progress bars, notices, the one-line error) is
-# shown as it comes. After an `error:` line the launcher's own traceback is kept from the reader, but not from the log.
+# Train the base model longer, and it and all that grew from it is made anew; the world and the tokenizer stay:
+
+# %%
+from dataclasses import replace
+
+before = plan(PRESETS["laptop"])
+after = plan(replace(PRESETS["laptop"], base={**PRESETS["laptop"].base, "num_iterations": 1200}))
+for stage, old, new in zip(after, stage_keys(before, 1), stage_keys(after, 1)):
+    print(f"{stage.name:14} {'is kept' if old == new else 'runs again'}")
+
+# %% [markdown]
+# A stage's standard output goes to its log; what it says on standard error (progress bars, notices, the one-line
+# error) is shown as it comes. After an `error:` line the launcher's own traceback is kept from the reader, but not
+# from the log.
 
 # %%
 #| export
@@ -218,19 +255,52 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
             return process.wait()
         except BaseException:  # Ctrl-C, or a kill of this process: the stage must not run on alone
             process.send_signal(signal.SIGTERM)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
             raise
+
+# %% [markdown]
+# A stage that fails, seen from outside: the exit code, and what the log keeps.
+
+# %%
+import tempfile
+
+program = "print('reading the data'); import sys; sys.exit('error: no data here: run the command that makes it')"
+with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as no_lock:
+    log = Path(folder) / "stage.log"
+    code = run_stage([sys.executable, "-c", program], log, no_lock.fileno())
+    print(f"exit code {code}; the log says:", *log.read_text().splitlines()[1:], sep="\n  ")
 
 # %%
 #| export
 @contextlib.contextmanager
-def taken(folder: Path) -> Iterator[int]:
-    """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it."""
-    with open(folder / "pipeline.lock", "w") as lock:
+def kills_interrupt() -> Iterator[None]:
+    """Inside, a kill (SIGTERM) or a closed terminal (SIGHUP) ends this process as Ctrl-C does, its stage included."""
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    on_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGHUP) if on_main}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+@contextlib.contextmanager
+def taken(folder: Path, node: str = "") -> Iterator[int]:
+    """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it.
+
+    The nodes of one run share the directory: each claims it under its own name.
+    """
+    with open(folder / f"pipeline{node}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise NanochatError(f"another run is at work in {folder}: wait, or end it (pkill -f nanochat_lib)") from None
+            raise NanochatError(f"another run is at work in {folder}: wait, or end it "
+                                "(pkill -f nanochat_lib)") from None
         yield lock.fileno()
 
 # %%
@@ -287,7 +357,8 @@ def pipeline(settings: Pipeline) -> None:
     if settings.dry_run:
         return print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
     done = Progress(base_dir() / "pipeline.json")
-    with taken(base_dir()) as lock:
+    node = f".{platform.node()}" if settings.torchrun else ""
+    with taken(base_dir(), node) as lock, kills_interrupt():
         for stage, key in zip(stages, stage_keys(stages, nproc)):
             status = done.status(stage, key)
             if status != "finished":
@@ -301,7 +372,8 @@ def pipeline(settings: Pipeline) -> None:
 # %% [markdown]
 # ## The report
 #
-# Each stage leaves a small `result_….json`; the report only gathers them. Numbers in it were measured in this run, or are left out.
+# Each stage leaves a small `result_….json`; the report only gathers them. Numbers in it were measured in this run, or
+# are left out.
 
 # %%
 #| export report
@@ -427,10 +499,24 @@ def write_report(folder: Path, preset: str, seconds: dict[str, float]) -> dict[s
     return report
 
 # %% [markdown]
+# The report of the run on this machine (the tour's, if there was none). Left: how well the base model predicts unseen
+# text. Middle: what it can do. Right: the chat model on the same questions before and after reinforcement learning.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import matplotlib.pyplot  # from here on figures are shown
+from IPython.display import display
+
+from nanochat_lib.course.models import ready
+
+ready("rl")
+display(draw(gather(base_dir(), "", {})))
+
+# %% [markdown]
 # ## Launching from the notebook
 #
-# The widget is a thin view: **start** runs the very command you would type, in a process of its own (closing the notebook
-# does not end it, **stop** does), and a thread redraws what the files under the base directory say.
+# The widget is a thin view: **start** runs the very command you would type, in a process of its own (closing the
+# notebook does not end it, **stop** does), and a thread redraws what the files under the base directory say.
 
 # %%
 #| export launch
@@ -546,3 +632,52 @@ class Launcher:
 
     def _repr_mimebundle_(self, **kwargs):
         return self.widget._repr_mimebundle_(**kwargs)
+
+# %% [markdown]
+# Press **start** for the run of ten minutes; the curves grow as it goes. Close the notebook, and it runs on; open it
+# again, and the box shows how far it is.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+Launcher("laptop")
+
+# %% [markdown]
+# ## One GPU, eight, several nodes
+#
+# Install as on the laptop; on Linux with an NVIDIA driver, pip fetches a PyTorch that uses it. Every command below can
+# be stopped and given again.
+#
+# **Your own text**, at any size: a folder of parquet files with a string column `text`; the last file is for
+# validation.
+# ```
+# python -m nanochat_lib.pipeline --preset laptop --data DIR
+# ```
+#
+# **One GPU**: depth 12. If memory runs out, halve the preset's `device_batch_size` above; gradient accumulation
+# (lesson 07) makes up for it.
+# ```
+# python -m nanochat_lib.pipeline --preset gpu
+# ```
+#
+# **Eight GPUs**: depth 24, the GPT-2 grade run. Fewer are fine, the total batch stays the same:
+# ```
+# python -m nanochat_lib.pipeline --preset speedrun
+# python -m nanochat_lib.pipeline --preset speedrun --nproc 4
+# ```
+#
+# **Several nodes** that share a disk: first the stages of a single process, on one node; then the same command on
+# every node, with torchrun's own flags. `HOST` is any one of the nodes, by a name that all can reach.
+# ```
+# export NANOCHAT_BASE_DIR=/shared/nanochat
+# python -m nanochat_lib.pipeline --preset speedrun --until tok_train
+# python -m nanochat_lib.pipeline --preset speedrun \
+#     --torchrun "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=1"
+# ```
+#
+# **A single stage** with settings of your own is one of the commands above, edited. `--help` lists what can be set:
+# ```
+# torchrun --standalone --nproc-per-node=8 -m nanochat_lib.scripts.base_train --depth=16 --run my-d16
+# python -m nanochat_lib.scripts.chat_sft --help
+# ```
+#
+# **Next:** [12 · Chat](12_chat.ipynb)

@@ -7,10 +7,12 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,18 +176,39 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
             return process.wait()
         except BaseException:  # Ctrl-C, or a kill of this process: the stage must not run on alone
             process.send_signal(signal.SIGTERM)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
             raise
 
 
 @contextlib.contextmanager
-def taken(folder: Path) -> Iterator[int]:
-    """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it."""
-    with open(folder / "pipeline.lock", "w") as lock:
+def kills_interrupt() -> Iterator[None]:
+    """Inside, a kill (SIGTERM) or a closed terminal (SIGHUP) ends this process as Ctrl-C does, its stage included."""
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    on_main = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGHUP) if on_main}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+@contextlib.contextmanager
+def taken(folder: Path, node: str = "") -> Iterator[int]:
+    """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it.
+
+    The nodes of one run share the directory: each claims it under its own name.
+    """
+    with open(folder / f"pipeline{node}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise NanochatError(f"another run is at work in {folder}: wait, or end it (pkill -f nanochat_lib)") from None
+            raise NanochatError(f"another run is at work in {folder}: wait, or end it "
+                                "(pkill -f nanochat_lib)") from None
         yield lock.fileno()
 
 
@@ -239,7 +262,8 @@ def pipeline(settings: Pipeline) -> None:
     if settings.dry_run:
         return print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
     done = Progress(base_dir() / "pipeline.json")
-    with taken(base_dir()) as lock:
+    node = f".{platform.node()}" if settings.torchrun else ""
+    with taken(base_dir(), node) as lock, kills_interrupt():
         for stage, key in zip(stages, stage_keys(stages, nproc)):
             status = done.status(stage, key)
             if status != "finished":

@@ -80,7 +80,7 @@ pipeline.pipeline(pipeline.Pipeline())
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_goes_on_and_never_works_twice_at_once(fake_stages, base_dir, how):
     environment = {**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"] + ":" + os.path.dirname(__file__)}
     process = subprocess.Popen([sys.executable, "-c", RUN], env=environment, stderr=subprocess.DEVNULL)
