@@ -1,0 +1,288 @@
+"""Attention: every way against a float64 reference written here, the kernel under the interpreter, and for sm_90."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat_lib import attention as module
+from nanochat_lib.attention import BandAttention, attention, backend, blocked_attention, cached_attention
+from nanochat_lib.common import NanochatError
+
+ATTENTION = "NANOCHAT_ATTENTION"
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv(ATTENTION, raising=False)
+
+
+def slow(q, k, v, window=None, offset=0):
+    """(output, logsumexp (B, H, T)) in float64, one query at a time."""
+    q, k, v = (x.double() for x in (q, k, v))
+    B, T, H, D = q.shape
+    group, rows, sums = H // k.size(2), [], []
+    for t in range(T):
+        last = t + offset
+        first = 0 if window is None else max(0, last - window)
+        heads, lse = [], []
+        for h in range(H):
+            s = (k[:, first:last + 1, h // group] @ q[:, t, h, :, None])[..., 0] / D**0.5  # (B, keys)
+            lse.append(s.logsumexp(1))
+            p = (s - lse[-1][:, None]).exp()
+            heads.append((p[..., None] * v[:, first:last + 1, h // group]).sum(1))
+        rows.append(torch.stack(heads, 1))
+        sums.append(torch.stack(lse, 1))
+    return torch.stack(rows, 1), torch.stack(sums, 2)
+
+
+def inputs(B, T, H, KVH, D, seed=0, dtype=torch.float32, grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda heads: torch.randn(B, T, heads, D, generator=generator).to(dtype).requires_grad_(grad)  # noqa: E731
+    return make(H), make(KVH), make(KVH)
+
+
+@st.composite
+def cases(draw, max_T):
+    """(B, T, H, KVH, D, window, seed); windows favour the edges."""
+    T, KVH = draw(st.integers(1, max_T)), draw(st.sampled_from([1, 2]))
+    window = draw(st.sampled_from([None, 0, 1, max(0, T - 2), T - 1, T, T + 50]) | st.integers(0, max_T))
+    return draw(st.integers(1, 2)), T, KVH * draw(st.sampled_from([1, 2, 3])), KVH, draw(st.sampled_from([32, 64])), \
+        window, draw(st.integers(0, 2**20))
+
+
+def close(got, expected, tolerance):
+    scale = expected.abs().max().clamp(min=0.1)  # what should be zero is held to the size of the inputs
+    assert got.isfinite().all()
+    assert ((got.double() - expected).abs().max() / scale).item() <= tolerance
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(150))
+def test_output_and_gradients(case):
+    *shape, window, seed = case
+    tensors = inputs(*shape, seed=seed, grad=True)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    result, (expected, _) = attention(*tensors, window), slow(*wide, window)
+    close(result, expected, 1e-5)
+    pull = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed))
+    got = torch.autograd.grad(result, tensors, pull)
+    for left, right in zip(got, torch.autograd.grad(expected, wide, pull.double())):
+        close(left, right, 2e-5)
+
+
+@pytest.mark.parametrize("way", ["blocks", "band"])
+@pytest.mark.parametrize("T,window,KVH", [(1, 0, 2), (63, 62, 4), (64, 64, 2), (65, 0, 1), (193, 1, 2), (400, 130, 4)])
+def test_windowed_ways_on_cpu(way, T, window, KVH):
+    tensors = inputs(3, T, 4, KVH, 32, grad=True)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    run = BandAttention.apply if way == "band" else blocked_attention
+    result, (expected, _) = run(*tensors, window), slow(*wide, window)
+    close(result, expected, 1e-5)
+    for left, right in zip(torch.autograd.grad(result.sin().sum(), tensors),
+                           torch.autograd.grad(expected.sin().sum(), wide)):
+        close(left, right, 2e-5)
+
+
+def test_band_passes_gradcheck_in_several_chunks(monkeypatch):
+    monkeypatch.setattr(BandAttention, "BLOCK", 4)
+    monkeypatch.setattr(BandAttention, "CHUNK", 1)  # one row of the batch at a time
+    tensors = [x.double().detach().requires_grad_() for x in inputs(2, 10, 4, 2, 4)]
+    assert torch.autograd.gradcheck(lambda q, k, v: BandAttention.apply(q, k, v, 3), tensors)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_two_byte_numbers_on_cpu(dtype, tolerance, window):
+    tensors = inputs(1, 100, 4, 2, 32, dtype=dtype)
+    result = attention(*tensors, window)
+    assert result.dtype == dtype
+    close(result, slow(*tensors, window)[0], tolerance)
+
+
+def test_any_strides():
+    q, k, v = inputs(2, 90, 4, 2, 32)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    for window in (None, 80, 10):
+        torch.testing.assert_close(attention(*strided, window), attention(q, k, v, window))
+
+
+def test_hidden_keys_are_never_touched():
+    """Keys and values out of every window are not-a-number, and nothing of it shows."""
+    q, k, v = inputs(1, 512, 2, 2, 32)
+    k[:, :192], v[:, :192] = torch.nan, torch.nan
+    for run in (blocked_attention, BandAttention.apply):
+        assert run(q, k, v, 100)[:, 384:].isfinite().all()
+
+
+def test_choice_and_override(monkeypatch, capsys):
+    q, k, v = inputs(1, 40, 2, 1, 32)
+    assert (backend(q), backend(q, 39), backend(q, 30), backend(q, 5)) == ("sdpa", "sdpa", "blocks", "band")
+    assert backend(q.bfloat16(), 5) == "blocks"
+    for name, window, expected in (("reference", 5, "reference"), ("sdpa", 5, "blocks"), ("sdpa", None, "sdpa")):
+        monkeypatch.setenv(ATTENTION, name)
+        assert backend(q, window) == expected
+        close(attention(q, k, v, window), slow(q, k, v, window)[0], 1e-5)
+    monkeypatch.setenv(ATTENTION, "fast")
+    with pytest.raises(NanochatError, match="NANOCHAT_ATTENTION=fast.*reference, sdpa, flex, triton"):
+        attention(q, k, v)
+
+
+@pytest.mark.parametrize("name", ["triton", "flex"])
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, name):
+    monkeypatch.setenv(ATTENTION, name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    module.notice.cache_clear()
+    q, k, v = inputs(1, 40, 2, 1, 32)
+    for _ in range(3):
+        close(attention(q, k, v, 5), slow(q, k, v, 5)[0], 1e-5)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_way_that_fails_is_left_for_good(monkeypatch, capsys):
+    monkeypatch.setattr(module, "FAILED", set())
+    monkeypatch.setattr(module, "backend", lambda q, window=None: "flex")
+    monkeypatch.setattr(module, "flex", lambda *args: 1 / 0)
+    module.notice.cache_clear()
+    q, k, v = inputs(1, 40, 2, 1, 32)
+    close(attention(q, k, v, 5), slow(q, k, v, 5)[0], 1e-5)
+    close(attention(q, k, v), slow(q, k, v)[0], 1e-5)
+    assert "flex" in module.FAILED and "division by zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_torch_compile_takes_it_whole(window):
+    q, k, v = inputs(1, 20, 2, 1, 32)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, window), backend="eager", fullgraph=True)
+    close(compiled(q, k, v), slow(q, k, v, window)[0], 1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_cache_against_full_attention(data):
+    """Ragged rows, any number of new tokens, garbage behind each row's end."""
+    B, KVH, T = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2])), data.draw(st.integers(1, 4))
+    window = data.draw(st.none() | st.integers(0, 40))
+    lengths = torch.tensor(data.draw(st.lists(st.integers(0, 30), min_size=B, max_size=B)))
+    q, k, v = inputs(B, 36, 2 * KVH, KVH, 32, seed=data.draw(st.integers(0, 99)))
+    new = torch.stack([q[b, n:n + T] for b, n in enumerate(lengths)])
+    expected = torch.cat([slow(new[b:b + 1], k[b:b + 1], v[b:b + 1], window, int(n))[0] for b, n in enumerate(lengths)])
+    for b, n in enumerate(lengths):
+        k[b, n + T:], v[b, n + T:] = 1e4, 1e4
+    close(cached_attention(new, k, v, lengths, window), expected, 1e-5)
+    os.environ[ATTENTION] = "reference"
+    try:
+        close(cached_attention(new, k, v, lengths, window), expected, 1e-5)
+    finally:
+        del os.environ[ATTENTION]
+
+
+def test_fresh_prompt_takes_the_plain_way():
+    q, k, v = inputs(2, 50, 4, 2, 32)
+    room = [torch.cat([x, torch.full_like(x, torch.nan)], dim=1) for x in (k, v)]
+    for window in (None, 7):
+        assert torch.equal(cached_attention(q, *room, torch.zeros(2, dtype=torch.int64), window), attention(q, k, v, window))
+
+
+def interpreted(code, **env):
+    """Run code in a process of its own: TRITON_INTERPRET must be set before the kernel is imported."""
+    header = f"import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})\n"
+    return subprocess.run([sys.executable, "-c", header + textwrap.dedent(code)], env={**os.environ, **env}, text=True,
+                          capture_output=True, timeout=280)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_kernel_under_the_interpreter():
+    done = interpreted("""
+        import warnings
+        import torch
+        from hypothesis import given, settings
+        from test_attention import cases, close, inputs, slow
+        from nanochat_lib import attention as module
+        from nanochat_lib.kernels import flash_attention as kernel
+        warnings.simplefilter("error")
+        TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+
+        def check(shape, window, seed=0, dtype=torch.float32):
+            q, k, v = inputs(*shape, seed=seed, dtype=dtype)
+            poison = torch.full(q.shape, torch.nan, dtype=dtype)
+            out, lse = kernel.flash_attention(q, k, v, window, out=poison)
+            assert out is poison and out.dtype == dtype and lse.dtype == torch.float32
+            expected, sums = slow(q, k, v, window)
+            close(out, expected, TOLERANCE[dtype]); close(lse, sums, TOLERANCE[dtype])
+
+        @settings(max_examples=12, deadline=None)
+        @given(cases(140))
+        def any_shape(case):
+            check(case[:5], *case[5:])
+
+        any_shape()
+        for dtype in TOLERANCE:
+            check((1, 150, 2, 1, 128), 40, dtype=dtype)
+        for sizes in (dict(BLOCK_M=32, BLOCK_N=32), dict(BLOCK_M=16, BLOCK_N=64)):  # tiles larger and smaller than blocks
+            kernel.block_sizes = lambda *_: sizes
+            for window in (None, 0, 31, 32, 33, 77):
+                check((1, 131, 2, 1, 32), window)
+
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(1, 70, 2, 2, 32))
+        close(kernel.flash_attention(q, k, v, 9)[0], slow(q, k, v, 9)[0], 1e-5)
+        assert module.backend(q, 9) == "triton"
+        close(module.attention(q, k, v, 9), slow(q, k, v, 9)[0], 1e-5)
+        assert not module.FAILED
+        assert module.backend(q.requires_grad_(), 9) == "band"  # training needs a backward pass
+        for wrong in ((1, 8, 3, 2, 32), (1, 8, 2, 2, 48)):
+            try:
+                kernel.flash_attention(*inputs(*wrong))
+            except ValueError:
+                continue
+            raise AssertionError(wrong)
+    """, TRITON_INTERPRET="1", NANOCHAT_ATTENTION="triton")
+    assert done.returncode == 0, done.stderr
+    assert "no backward pass" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 128), ("float32", 32)])
+def test_kernel_compiles_for_sm90_without_a_gpu(dtype, head_dim, tmp_path):
+    done = interpreted(f"""
+        import torch
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+        from nanochat_lib.kernels.flash_attention import block_sizes, forward_kernel
+        sizes = block_sizes({head_dim}, torch.{dtype})
+        options = {{name: sizes.pop(name) for name in ("num_warps", "num_stages")}}
+        constants = {{"D": {head_dim}, **sizes}}
+        pointer = "*" + {{"bfloat16": "bf16", "float32": "fp32"}}["{dtype}"]
+        kinds = {{**dict.fromkeys(("q", "k", "v", "out"), pointer), "lse": "*fp32", "scale": "fp32"}}
+        signature = {{name: "constexpr" if name in constants else kinds.get(name, "i32") for name in forward_kernel.arg_names}}
+        compiled = compile(ASTSource(forward_kernel, signature, constants), GPUTarget("cuda", 90, 32), options)
+        assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+        assert ".target sm_90" in compiled.asm["ptx"]
+    """, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("window", [None, 0, 100, 500])
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_on_gpu(dtype, tolerance, window, D):
+    from nanochat_lib.kernels.flash_attention import flash_attention
+
+    tensors = [x.cuda() for x in inputs(1, 333, 4, 2, D, dtype=dtype)]
+    expected, sums = slow(*tensors, window)
+    out, lse = flash_attention(*tensors, window)
+    close(out, expected, tolerance)
+    close(lse, sums, tolerance)
+    wide = [x.double().requires_grad_() for x in tensors]
+    tensors = [x.requires_grad_() for x in tensors]
+    result = attention(*tensors, window)
+    close(result, expected, tolerance)
+    for left, right in zip(torch.autograd.grad(result.float().sum(), tensors),
+                           torch.autograd.grad(slow(*wide, window)[0].sum(), wide)):
+        close(left, right, 2 * tolerance)
