@@ -877,7 +877,8 @@ def coloured(tokenizer, ids, mask) -> HTML:
     """Tokens as boxes, green where learned."""
     style = "color:#222;margin:1px;padding:1px 3px;border-radius:3px;white-space:pre;background:"
     texts = (html.escape(tokenizer.id_to_token(token)).replace("\n", "↵") for token in ids)
-    boxes = (f'<span style="{style}{"#9fdca8" if learn else "#e4e4e4"}">{text}</span>' for text, learn in zip(texts, mask))
+    boxes = (f'<span style="{style}{"#9fdca8" if learn else "#e4e4e4"}">{text}</span>'
+             for text, learn in zip(texts, mask))
     return HTML(f'<div style="line-height:1.9;font-family:monospace">{"".join(boxes)}</div>')
 
 
@@ -1222,7 +1223,8 @@ for stage in ("base", "sft"):
 # %%
 # NBVAL_IGNORE_OUTPUT
 rows = zip((one["messages"][0]["content"] for one in asked), answers["base"], answers["sft"])
-cells = ("".join(f"<td style='text-align:left;vertical-align:top'>{html.escape(text)}</td>" for text in row) for row in rows)
+style = "text-align:left;vertical-align:top"
+cells = ("".join(f"<td style='{style}'>{html.escape(text)}</td>" for text in row) for row in rows)
 HTML("<table><tr><th>asked</th><th>base model</th><th>after SFT</th></tr>"
      + "".join(f"<tr>{cell}</tr>" for cell in cells) + "</table>")
 

@@ -1,4 +1,4 @@
-"""Grading: letters against one-by-one scoring, pass@k against counting, answers kept, ranks that share the questions."""
+"""Grading: letters against one-by-one scoring, pass@k against counting, answers kept, ranks that share questions."""
 
 import csv
 import itertools
@@ -91,7 +91,8 @@ def sft_model(tokenizer, base_dir):
 
 def test_a_perfect_model_has_perfect_grades(sft_model, tokenizer, make_model, monkeypatch):
     tasks = {name: task[:5] for name, task in evaluation_tasks("world").items()}
-    gold = {tuple(tokenizer.render_for_completion(c)): tokenizer.render_conversation(c)[0] for t in tasks.values() for c in t}
+    gold = {tuple(tokenizer.render_for_completion(conversation)): tokenizer.render_conversation(conversation)[0]
+            for task in tasks.values() for conversation in task}
 
     def generate_many(self, prompts, *args, **kwargs):
         return [[Completion(gold[tuple(p)][len(p):-1], [], [], "stop")] for p in prompts]
@@ -115,8 +116,8 @@ def test_the_command_keeps_grades_and_every_answer(sft_model, run_module, capsys
     with open(report / "chat_eval_sft.csv", newline="") as file:
         assert [row["task"] for row in csv.DictReader(file)] == list(result["tasks"])
     assert "ChatCORE" in capsys.readouterr().out
-    done = run_module("nanochat_lib.scripts.chat_eval", "-i", "sft", "--mixture=world", "-x", 3, "-m", 8, "-n", 2, "-t", 1.0,
-                      "-k", 50, nproc=2)
+    done = run_module("nanochat_lib.scripts.chat_eval", "-i", "sft", "--mixture=world", "-x", 3, "-m", 8, "-n", 2,
+                      "-t", 1.0, "-k", 50, nproc=2)
     assert done.returncode == 0, done.stderr
     assert (report / "answers_sft.jsonl").read_text() == first  # two ranks ask the same questions in the same way
     assert read_json(report / "result_chat_eval_sft.json")["tasks"] == result["tasks"]

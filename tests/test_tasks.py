@@ -110,8 +110,8 @@ def test_calculator_parts_and_final_numbers():
         {"type": "text", "text": "a "}, {"type": "python", "text": "1+2"}, {"type": "python_output", "text": "3"},
         {"type": "text", "text": "3 b"}]
     assert calculator_parts("none") == [{"type": "text", "text": "none"}]
-    assert [final_number(text) for text in ("#### 1,234", "#### -3.5 pence", "####7", "so 8", "#### x", "#### 18.")] == [
-        1234, -3.5, 7, None, None, 18]
+    texts = ("#### 1,234", "#### -3.5 pence", "####7", "so 8", "#### x", "#### 18.")
+    assert [final_number(text) for text in texts] == [1234, -3.5, 7, None, None, 18]
 
 
 def test_the_worlds_tasks_hold_out_what_they_ask(world_data):
@@ -186,10 +186,11 @@ def parquet(path, rows):
 def made_data(tmp_path, monkeypatch) -> str:
     """Parquet files in the schema and layout of the hub's sets."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    quizzes = [{"question": f"q{i}", "subject": "law", "choices": ["w", "x", "y", "z"], "answer": i % 4} for i in range(8)]
+    quizzes = [{"question": f"q{i}", "subject": "law", "choices": list("wxyz"), "answer": i % 4} for i in range(8)]
     parquet(tmp_path / "mmlu/all/auxiliary_train-00000-of-00001.parquet", quizzes)
     parquet(tmp_path / "mmlu/all/test-00000-of-00001.parquet", quizzes[:4])
-    arc = [{"id": "1", "question": "why", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "2"}]
+    choices = {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}
+    arc = [{"id": "1", "question": "why", "choices": choices, "answerKey": "2"}]
     parquet(tmp_path / "arc_easy/ARC-Easy/test-00000-of-00001.parquet", arc)
     talk = [{"messages": [{"role": "system", "content": "s"}, USER, ANSWER], "source": "x"}]
     for part in range(2):
