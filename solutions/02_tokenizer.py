@@ -128,7 +128,7 @@ check.render_conversation(render_conversation)
 
 # %%
 def flops_per_byte(tokens, size, texts, matrices, width):
-    """Operations to train on one byte (UTF-8) of the texts, a float; `tokens` is a list of bytes in order of merging."""
+    """Operations to train on one byte (UTF-8) of the texts, a float; `tokens` are bytes, in order of merging."""
     # BEGIN SOLUTION
     tokenizer = Tokenizer(tokens[:size - 9])
     length = sum(len(text.encode()) for text in texts)

@@ -23,7 +23,7 @@ def bits_per_byte(answer):
     got = answer(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[0, 1, 2]]), token_bytes)
     expect_close(got, 3 / math.log(2) / 4, "A special token has no bytes: its nats must not count either.")
     got = answer(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[0, 1, -1]]), token_bytes)
-    expect_close(got, 3 / math.log(2) / 4, "A target of −1 is not scored; unmasked, it looks up the last token's bytes.")
+    expect_close(got, 3 / math.log(2) / 4, "A target of −1 is not scored; unmasked it looks up the last token's bytes.")
     generator = torch.Generator().manual_seed(0)
     losses, targets = 4 * torch.rand(5, 40, generator=generator), torch.randint(-1, 4, (5, 40), generator=generator)
     nats = size = 0.0
@@ -66,7 +66,7 @@ def rows_of(answer):
     found = got("schema", rows)
     expect([start for _, start, _ in found] != [1, 1],
            "A schema's rows end alike: score the shared end, not all that follows the shared beginning.")
-    expect_equal(found, spans("schema", rows), "A schema's shared end, here [5, 6], starts at another place in each row.")
+    expect_equal(found, spans("schema", rows), "A schema's shared end, here [5, 6], starts elsewhere in each row.")
     rows = [[9, 1, 7], [9, 1, 7, 2, 3]]
     found = got("language_modeling", rows)
     expect(len(found) == 1, "Language modeling scores one row, the one with the answer.")

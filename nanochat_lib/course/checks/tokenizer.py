@@ -90,7 +90,7 @@ def render_conversation(answer):
     head[2:-1] = text("Be kind.\n\nHi Anna")
     again = [special("<|user_start|>"), *text("Hi Anna"), special("<|user_end|>")]
     expect_equal(ids, head + turn + again + turn,
-                 "A system message goes before the first user's text, a blank line between, without markers of its own.")
+                 "A system message goes before the first user's text, a blank line between, and has no markers.")
 
     parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"},
              {"type": "python_output", "text": "42"}, {"type": "text", "text": "42."}]
