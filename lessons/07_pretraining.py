@@ -43,13 +43,13 @@ CHUNK = 128    # documents read and tokenized at a time
 # %% [markdown]
 # ## Rows without padding
 #
-# The model reads rows of T + 1 tokens; documents are of any length. Padding wastes computing; cutting a stream of documents
-# every T + 1 tokens gives rows that begin in the middle of a sentence. *Best fit* does better: keep a buffer of 1,000
-# documents, and put into a row the longest one that still fits, again and again. When none fits, crop the shortest.
-# Every row then starts with `<|bos|>` at the start of a document, and no position is empty.
+# The model reads rows of T + 1 tokens; documents are of any length. Padding wastes computing; cutting a stream of
+# documents every T + 1 tokens gives rows that begin in the middle of a sentence. *Best fit* does better: keep a
+# buffer of 1,000 documents, and put into a row the longest one that still fits, again and again. When none fits,
+# crop the shortest. Every row then starts with `<|bos|>` at the start of a document, and no position is empty.
 #
-# Searching a list of 1,000 for each document would cost more than the rest of the loader. Kept sorted by length, bisection
-# finds the document in ten comparisons.
+# Searching a list of 1,000 for each document would cost more than the rest of the loader. Kept sorted by length,
+# bisection finds the document in ten comparisons.
 
 # %%
 #| export
@@ -81,16 +81,94 @@ class BestFit:
             place = bisect_right(self.keys, (self.keys[0][0], 0)) - 1
         return self.documents.pop(-self.keys.pop(place)[1])
 
+# %%
+buffer = BestFit()
+for document in ("three", "is", "a", "crowd", "of"):
+    buffer.add(document)
+assert buffer.take(4) == "is"      # the longest that fits, the earliest of equals
+assert buffer.take(9) == "three"
+assert [buffer.take(1), buffer.take(1)] == ["a", "of"]  # now nothing fits: the shortest, to be cropped
+
+# %% [markdown]
+# Sixteen rows of documents of the embedded world, packed in three ways. Each colour is a document; black is
+# padding, and a white cap marks a document whose end was thrown away.
+
+# %%
+import matplotlib.pyplot as plt
+
+from nanochat_lib.world_facts import World
+from nanochat_lib.world_text import documents
+
+ROW, ROWS = 512, 16
+lengths = [len(text.encode()) for text in documents(World(1), 3000)]  # in bytes, to keep tokens out of it
+
+
+def packed(stream, rows):
+    """Best fit: rows of (length, tokens thrown away) pieces."""
+    buffer, result = BestFit(), []
+    for _ in range(rows):
+        room, row = ROW, []
+        while room > 0:
+            while len(buffer) < BUFFER:
+                buffer.add(range(next(stream)))
+            length = len(buffer.take(room))
+            row.append((min(length, room), max(length - room, 0)))
+            room -= length
+        result.append(row)
+    return result
+
+
+def padded(stream, rows):
+    """One document a row, cut at its end."""
+    return [[(min(length, ROW), max(length - ROW, 0))] for length, _ in zip(stream, range(rows))]
+
+
+def concatenated(stream, rows):
+    """One endless text, cut every ROW tokens: rows begin in the middle of a document."""
+    rest, result = 0, []
+    for _ in range(rows):
+        room, row = ROW, []
+        while room > 0:
+            rest = rest or next(stream)
+            row.append((min(rest, room), 0))
+            rest, room = rest - row[-1][0], room - row[-1][0]
+        result.append(row)
+    return result
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained", sharey=True)
+colours = plt.get_cmap("tab20").colors
+for ax, pack in zip(axes, (padded, concatenated, packed)):
+    number = 0
+    for y, row in enumerate(pack(iter(lengths), ROWS)):
+        x = 0
+        for length, lost in row:
+            ax.barh(y, length, 0.9, x, color=colours[number % 20])
+            if lost:
+                ax.barh(y, 8, 0.9, x + length - 8, color="white")
+            x, number = x + length, number + 1
+    ax.set(title=pack.__name__, xlabel="position in the row", xlim=(0, ROW), facecolor="black")
+axes[0].set_ylabel("row")
+axes[0].invert_yaxis()
+
+# %%
+count = 400
+for pack in (padded, concatenated, packed):
+    rows = pack(iter(lengths * 5), count)
+    used, lost = (sum(piece[part] for row in rows for piece in row) for part in (0, 1))
+    empty = 1 - used / (count * ROW)
+    print(f"{pack.__name__:13} {empty:6.1%} of all positions empty, {lost / (used + lost):5.1%} of the text lost")
 
 # %% [markdown]
 # ## Where a loader stands
 #
-# A run that is stopped and resumed must read on as if nothing had happened: no document lost, none read twice. What has been
-# read is a position: epoch, row group, document. But the buffer holds documents from before it, so the state
-# names these too, as (row group, indices), and resuming reads them again. That is exact, and small in a checkpoint.
+# A run that is stopped and resumed must read on as if nothing had happened: no document lost, none read twice. What
+# has been read is a position: epoch, row group, document. But the buffer holds documents from before it, so the
+# state names these too, as (row group, indices), and resuming reads them again. That is exact, and small in a
+# checkpoint.
 #
-# Ranks take row groups in turn. If a run resumes on another number of ranks, what the old ranks had left of their epoch is
-# dealt anew; from the next epoch on, the new ranks read as if they had always been there.
+# Ranks take row groups in turn. If a run resumes on another number of ranks, what the old ranks had left of their
+# epoch is dealt anew; from the next epoch on, the new ranks read as if they had always been there.
 
 # %%
 #| export
@@ -135,8 +213,8 @@ def flat(buffer: list) -> list[tuple[list, int]]:
     return [(where, index) for where, indices in buffer for index in indices]
 
 # %% [markdown]
-# The loader itself: a thread reads and tokenizes one chunk ahead; the buffer is topped up before each choice; `state()` may
-# be asked for after any batch.
+# The loader itself: a thread reads and tokenizes one chunk ahead; the buffer is topped up before each choice;
+# `state()` may be asked for after any batch.
 
 # %%
 #| export
@@ -253,10 +331,40 @@ class PackedLoader:
                 yield self._document(unit, index, tokens, self.position)
 
 # %% [markdown]
+# On a small world of our own, in a scratch folder. A copy made from the state goes on with the very same rows:
+
+# %%
+import os
+import tempfile
+from pathlib import Path
+
+from nanochat_lib.world import write_world
+
+os.environ["NANOCHAT_BASE_DIR"] = scratch = tempfile.mkdtemp(prefix="lesson07_")  # nothing of yours is touched
+shards = str(write_world(count=6000) / "shards")
+tokenizer = Tokenizer.train_from_iterator((text for unit in row_groups(shards) for text in read_texts(unit)), 512)
+tokenizer.save(Path(scratch) / "tokenizer")
+
+loader = PackedLoader(tokenizer, batch_size=4, seq_len=64, data_dir=shards)
+for _ in range(5):
+    inputs, targets = next(loader)
+assert torch.equal(inputs[:, 1:], targets[:, :-1])
+print(repr(tokenizer.decode(inputs[0].tolist())))
+
+# %%
+import json
+
+state = json.loads(json.dumps(loader.state()))
+copy = PackedLoader(tokenizer, batch_size=4, seq_len=64, data_dir=shards, state=state)
+assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(next(loader), next(copy)))
+print(f"{len(loader.buffer)} documents wait; next comes epoch, row group, document {loader.position}; "
+      f"the state is {len(json.dumps(state)) // 1000} kB of JSON")
+
+# %% [markdown]
 # ## The dial
 #
-# Everything about a run follows from one number, the depth. Its reference is a run that was tuned by hand: depth 12, batches of
-# 2¹⁹ tokens. From there:
+# Everything about a run follows from one number, the depth. Its reference is a run that was tuned by hand: depth
+# 12, batches of 2¹⁹ tokens. From there:
 #
 # | | rule | why |
 # |---|---|---|
@@ -382,11 +490,44 @@ def recipe(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len:
     else:
         steps = tokens // batch
     if steps < 1:
-        raise NanochatError(f"the run would have {steps} steps of {batch:,} tokens: give --num-iterations of at least 1, "
-                            "a smaller --total-batch-size or a larger budget")
+        raise NanochatError(f"the run would have {steps} steps of {batch:,} tokens: give --num-iterations of at least "
+                            "1, a smaller --total-batch-size or a larger budget")
     return Recipe(depth, model.config, model.num_parameters(), params, flops_per_token, tokens, batch, steps, scale,
                   weight_decay * scale * reference / tokens)
 
+# %% [markdown]
+# The dial turned from 4 to 32, no weight allocated: the models are built on PyTorch's meta device, for counting
+# only.
+
+# %%
+from nanochat_lib.scaling import recipe
+
+print("depth  width  parameters   tokens   batch    steps   rates  decay     FLOPs")
+for depth in (4, 8, 12, 16, 20, 24, 32):
+    dial = recipe(depth)
+    print(f"{depth:5} {dial.config.n_embd:6} {dial.parameters / 1e6:9.0f} M {dial.tokens / 1e9:6.2f} G "
+          f" 2^{dial.total_batch_size.bit_length() - 1} {dial.steps:8,} {dial.learning_rate_scale:7.2f}"
+          f" {dial.weight_decay:6.3f} {dial.flops:9.1e}")
+assert recipe(12).total_batch_size == 2**19
+
+# %%
+depths = range(4, 33, 2)
+dials = [recipe(depth) for depth in depths]
+curves = {"parameters": [d.parameters for d in dials], "tokens read": [d.tokens for d in dials],
+          "tokens a step": [d.total_batch_size for d in dials],
+          "learning rates (×)": [d.learning_rate_scale for d in dials]}
+figure, axes = plt.subplots(1, 4, figsize=(10, 2.4), layout="constrained")
+for ax, (name, values) in zip(axes, curves.items()):
+    ax.semilogy(depths, values, marker=".")
+    ax.set(xlabel="depth (layers)", title=name)
+
+# %% [markdown]
+# What a GPT-2 grade model takes, at the ratio of 8 that is just enough for it (what `base_train --depth=24
+# --target-param-data-ratio=8 --dry-run` prints). The hours are an estimate, the rest is arithmetic:
+
+# %%
+for name, value in recipe(24, target_param_data_ratio=8).describe().items():
+    print(f"{name:12} {value}")
 
 # %% [markdown]
 # ## Schedules
@@ -425,20 +566,34 @@ def weight_decay_at(step: int, steps: int) -> float:
     """Factor on Muon's weight decay: from 1 to 0 on a cosine."""
     return 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
 
+# %%
+from nanochat_lib.scaling import learning_rate_multiplier, muon_momentum, warmup_of, weight_decay_at
+
+figure, axes = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained")
+for ax, steps in zip(axes, (2520, 60)):
+    every = range(steps)
+    rates = [learning_rate_multiplier(step, steps, warmup_of(steps)) for step in every]
+    ax.plot(every, rates, label="learning rates (×)")
+    ax.plot(every, [weight_decay_at(step, steps) for step in every], label="weight decay (×)")
+    ax.plot(every, [muon_momentum(step, steps) for step in every], label="Muon's momentum")
+    ax.set(xlabel="step", title=f"a run of {steps:,} steps", ylim=(0, 1.05))
+_ = axes[0].legend(loc="lower left")
+assert max(learning_rate_multiplier(step, 60, warmup_of(60)) for step in range(60)) == 1
+
 # %% [markdown]
 # ## Checkpoints: a run that nothing can kill
 #
-# A run of hours is stopped sooner or later: a full disk, a lost node, an impatient hand. A checkpoint has to be whole or not
-# there. Three kinds of file make one, and the order in which they are written is the whole trick:
+# A run of hours is stopped sooner or later: a full disk, a lost node, an impatient hand. A checkpoint has to be
+# whole or not there. Three kinds of file make one, and the order in which they are written is the whole trick:
 #
 # 1. `model_000600.safetensors`, the weights (no pickle: a checkpoint from a stranger cannot run code);
-# 2. `optim_000600/`, the optimizer's state, written by all ranks together with `torch.distributed.checkpoint`, which gives
-#    each rank of a later run its share, also when there are more ranks or fewer;
+# 2. `optim_000600/`, the optimizer's state, written by all ranks together with `torch.distributed.checkpoint`,
+#    which gives each rank of a later run its share, also when there are more ranks or fewer;
 # 3. `meta_000600.json`, **last**: settings, the loader's state, the loop's. Without it the other two do not count.
 
 # %%
 #| export checkpoint
-"""Checkpoints that are whole or not there: weights, optimizer state, and last of all the metadata that makes them count."""
+"""Checkpoints that are whole or not there: weights, optimizer state, and last the metadata that makes them count."""
 
 # %%
 #| export checkpoint
@@ -457,7 +612,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat_lib.common import NanochatError, Runtime, base_dir, is_main_process, print0, read_json, write_aside, write_json
+from nanochat_lib.common import (NanochatError, Runtime, base_dir, is_main_process, print0, read_json, write_aside,
+                                 write_json)
 from nanochat_lib.gpt import GPT, GPTConfig, build_model
 from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
 
@@ -485,8 +641,8 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 # %% [markdown]
-# Saving is a collective act: all ranks write their slices of the optimizer state, then meet, and only then does rank 0 write
-# the metadata. If a step is saved again, its old metadata goes first.
+# Saving is a collective act: all ranks write their slices of the optimizer state, then meet, and only then does
+# rank 0 write the metadata. If a step is saved again, its old metadata goes first.
 
 # %%
 #| export checkpoint
@@ -535,8 +691,8 @@ def save_checkpoint(directory: Path, step: int, model: torch.nn.Module, optimize
         write_json(metadata, {"step": step, "model_config": asdict(model.config), **meta})
 
 # %% [markdown]
-# What a killed run left half-written is swept away when the next one starts. A run started anew under the same name never
-# mixes with the old one, and never deletes it: the old one is set aside.
+# What a killed run left half-written is swept away when the next one starts. A run started anew under the same name
+# never mixes with the old one, and never deletes it: the old one is set aside.
 
 # %%
 #| export checkpoint
@@ -551,7 +707,7 @@ def clean_unfinished(directory: Path) -> None:
 
 
 def set_aside(directory: Path, after: int = -1) -> Path | None:
-    """Move the checkpoints later than step `after` (−1: all there is) into a folder beside; returns it, None if unneeded."""
+    """Move the checkpoints later than step `after` (−1: all there is) into a folder beside; returns it, or None."""
     directory = Path(directory)
     later = [step for step in steps_in(directory) if step > after]
     if not later:
@@ -579,8 +735,8 @@ def prepare_directory(directory: Path, runtime: Runtime, resume_step: int = -1) 
     barrier()
 
 # %% [markdown]
-# Reading has to answer which model is meant. With no tag it is the newest of the deepest ones, and we say which: depth is read
-# from the metadata, not from the folder's name.
+# Reading has to answer which model is meant. With no tag it is the newest of the deepest ones, and we say which:
+# depth is read from the metadata, not from the folder's name.
 
 # %%
 #| export checkpoint
@@ -623,7 +779,8 @@ def load_optimizer(directory: Path, step: int, optimizer: Any) -> None:
     """Put a checkpoint's optimizer state into an optimizer, on any number of ranks; all ranks call it."""
     path = files_of(directory, step)[1]
     if not path.exists():
-        raise NanochatError(f"no optimizer state in {path}: start without it (chat_sft --load-optimizer=0) or train anew")
+        raise NanochatError(f"no optimizer state in {path}: start without it (chat_sft --load-optimizer=0), "
+                            "or train anew")
     state = optimizer.checkpoint_state()
     try:
         with _quiet():
@@ -639,14 +796,14 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, where: Path) -> 
     """NanochatError unless the checkpoint was trained with this very tokenizer."""
     expected = meta.get("tokenizer")
     if expected and expected != tokenizer.fingerprint:
-        raise NanochatError(f"the model in {where} was trained with tokenizer {expected}, but {base_dir() / 'tokenizer'} holds "
-                            f"{tokenizer.fingerprint}: put the old one back, or run "
+        raise NanochatError(f"the model in {where} was trained with tokenizer {expected}, but that in "
+                            f"{base_dir() / 'tokenizer'} is {tokenizer.fingerprint}: put the old one back, or run "
                             "python -m nanochat_lib.scripts.base_train with the new one")
 
 
 def load_model(stage: str, device: torch.device | str, phase: str = "eval", model_tag: str | None = None,
                step: int | None = None) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """A trained model with its tokenizer and metadata. `phase` is "train" or "eval"; tag and step as in find_checkpoint."""
+    """A trained model, its tokenizer and its metadata. `phase`: "train" or "eval"; tag, step: as in find_checkpoint."""
     if phase not in ("train", "eval"):
         raise NanochatError(f"phase {phase!r} is unknown: it is train or eval")
     folder, step = find_checkpoint(stage, model_tag, step)
@@ -665,15 +822,34 @@ def write_result(name: str, **values: Any) -> None:
         write_json(base_dir() / "report" / f"result_{name}.json", values)
 
 # %% [markdown]
+# A checkpoint half-written is no checkpoint. Here the process is "killed" just before the metadata:
+
+# %%
+from nanochat_lib import checkpoint
+from nanochat_lib.common import Runtime
+from nanochat_lib.scaling import model_config
+
+alone = Runtime(torch.device("cpu"))
+model = checkpoint.build_model(model_config(2, 32, 32, 64, vocab_size=512), "cpu")
+optimizer, folder = model.setup_optimizer(), checkpoint.checkpoint_directory("base", "demo")
+checkpoint.save_checkpoint(folder, 10, model, optimizer, {"tokenizer": tokenizer.fingerprint}, alone)
+checkpoint.save_checkpoint(folder, 20, model, optimizer, {"tokenizer": tokenizer.fingerprint}, alone)
+(folder / "meta_000020.json").unlink()
+print(sorted(path.name for path in folder.iterdir()), "→ step", checkpoint.find_checkpoint("base", "demo")[1])
+checkpoint.prepare_directory(folder, alone, 10)
+print(sorted(path.name for path in folder.iterdir()))
+
+# %% [markdown]
 # ## What every training loop shares
 #
-# Chat training (lesson 09) and reinforcement learning (lesson 10) step like pretraining does: sum the gradients of a few
-# micro-batches, set this step's rates, let the optimizer step. Four things can go wrong, and each has its place here:
-# a batch that does not divide, float16 that underflows, a compiler that is missing, a loss that is no number.
+# Chat training (lesson 09) and reinforcement learning (lesson 10) step like pretraining does: sum the gradients of
+# a few micro-batches, set this step's rates, let the optimizer step. Four things can go wrong, and each has its
+# place here: a batch that does not divide, float16 that underflows, a compiler that is missing, a loss that is no
+# number.
 
 # %%
 #| export training
-"""What all training loops share: micro-batches, rates of a step, float16 scaling, compiling, and a loss that is no number."""
+"""What all training loops share: micro-batches, rates, float16 scaling, compiling, and a loss that is no number."""
 
 # %%
 #| export training
@@ -700,8 +876,8 @@ def divide_batch(total: int, device_batch: int, seq_len: int, world_size: int) -
         raise NanochatError(f"--device-batch-size {device_batch}: it must be at least 1")
     rows, rest = divmod(total, seq_len * world_size)
     if rest or rows < 1:
-        raise NanochatError(f"--total-batch-size {total} is not a multiple of context {seq_len} × {world_size} processes "
-                            f"= {seq_len * world_size}: give {max(rows, 1) * seq_len * world_size}")
+        raise NanochatError(f"--total-batch-size {total} is not a multiple of context {seq_len} × {world_size} "
+                            f"processes = {seq_len * world_size}: give {max(rows, 1) * seq_len * world_size}")
     smaller = max(size for size in range(1, min(device_batch, rows) + 1) if rows % size == 0)
     if smaller != device_batch:
         print0(f"device batch {device_batch} → {smaller}: with context {seq_len} and {world_size} processes it must "
@@ -718,8 +894,9 @@ def set_rates(optimizer: Any, multiplier: float, momentum: float | None = None, 
             group["weight_decay"] = group.setdefault("initial_weight_decay", group["weight_decay"]) * weight_decay
 
 # %% [markdown]
-# float16 has 5 bits of exponent: small gradients vanish. So the loss is multiplied by a large number before `backward` and
-# the gradients divided by it after; when one overflows, all ranks skip the step and halve the number.
+# float16 has 5 bits of exponent: small gradients vanish. So the loss is multiplied by a large number before
+# `backward` and the gradients divided by it after; when one overflows, all ranks skip the step and halve the
+# number.
 
 # %%
 #| export training
@@ -773,7 +950,8 @@ def check_loss(loss: float, step: int, optimizer: Any, directory: Path) -> None:
                                            if p.grad is not None) ** 0.5
              for index, group in enumerate(optimizer.param_groups)}
     worst = ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items())
-    raise NanochatError(f"the loss is {loss} at step {step}: stopped ({last_good(directory)}); norms of the gradients: {worst}")
+    raise NanochatError(f"the loss is {loss} at step {step}: stopped ({last_good(directory)}); "
+                        f"norms of the gradients: {worst}")
 
 
 def check_weights(model: torch.nn.Module, step: int, directory: Path) -> None:
@@ -796,7 +974,8 @@ def compiled(model: torch.nn.Module, batch: tuple, wanted: bool | None, flops: f
     Where compiling fails, for want of a C++ compiler say, one line tells so and the model stays as it is.
     """
     device = batch[0].device.type
-    rate, enough = {"cuda": (3e14, 60), "cpu": (4e10 * (psutil.cpu_count(False) or 1), 600)}.get(device, (1.0, math.inf))
+    cores = psutil.cpu_count(logical=False) or 1
+    rate, enough = {"cuda": (3e14, 60), "cpu": (4e10 * cores, 600)}.get(device, (1.0, math.inf))  # FLOP/s, seconds
     if not (flops / rate > enough if wanted is None else wanted):
         return model
     try:
@@ -853,8 +1032,8 @@ from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, re
 from nanochat_lib.gpt import GPT, build_model
 from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
 from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
-from nanochat_lib.training import (PEAK_FLOPS, LossScaler, accumulate, check_loss, check_weights, compiled, divide_batch,
-                                   set_rates, trim_metrics)
+from nanochat_lib.training import (PEAK_FLOPS, LossScaler, accumulate, check_loss, check_weights, compiled,
+                                   divide_batch, set_rates, trim_metrics)
 
 EVAL_TOKENS = 41943040     # 80 × 524,288
 CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
@@ -919,12 +1098,14 @@ def recipe_of(settings: BaseTrain, vocab_size: int) -> Recipe:
 def check_settings(settings: BaseTrain, runtime: Runtime) -> None:
     """What cannot work is said before any work is done."""
     if settings.fp8:
-        raise NanochatError("--fp8 needs a CUDA device, and here is " + runtime.device.type if runtime.device.type != "cuda"
-                            else "--fp8 is not built yet: leave it away to train in bfloat16")
+        where = runtime.device.type
+        raise NanochatError("--fp8 is not built yet: leave it away to train in bfloat16" if where == "cuda" else
+                            f"--fp8 needs a CUDA device, and this is {where}: leave it away")
     if settings.fp8_recipe not in ("tensorwise", "rowwise"):
         raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise or rowwise")
     if settings.compile and settings.no_compile:
-        raise NanochatError("--compile and --no-compile exclude each other: give one, or none to decide by the run's length")
+        raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
+                            "run decide")
     if not 0 <= settings.warmdown_ratio <= 1:
         raise NanochatError(f"--warmdown-ratio {settings.warmdown_ratio} is not a part of the run: give 0 … 1")
 
@@ -933,7 +1114,8 @@ def sample_prompts(eval_bundle: str = "") -> list[str]:
     """Beginnings for a base model to continue: questions about the world's people, where the bundle is the world's."""
     if eval_bundle:
         tasks = [task for task in read_bundle(eval_bundle) if task.label.startswith("world")]
-        prompts = [item["context"] for task in tasks if task.kind == "language_modeling" for item in read_items(task, 3)]
+        prompts = [item["context"] for task in tasks if task.kind == "language_modeling"
+                   for item in read_items(task, 3)]
         if prompts:
             return prompts
     return ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
@@ -954,8 +1136,8 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_token
     return samples
 
 # %% [markdown]
-# A run is its model, optimizer and loader, and a little state of the loop. All of it goes into a checkpoint, so all of it
-# comes back.
+# A run is its model, optimizer and loader, and a little state of the loop. All of it goes into a checkpoint, so all
+# of it comes back.
 
 # %%
 #| export scripts/base_train
@@ -1011,7 +1193,8 @@ class Run:
         settings, scale = self.settings, self.dial.learning_rate_scale
         return self.orig_model.setup_optimizer(
             unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
-            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale, weight_decay=self.dial.weight_decay)
+            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale,
+            weight_decay=self.dial.weight_decay)
 
     def compile(self) -> torch.nn.Module:
         wanted = True if self.settings.compile else False if self.settings.no_compile else None
@@ -1072,7 +1255,8 @@ class Run:
         """Batches of an evaluation: --eval-tokens rounded up; the default is cut to fit the run and the machine."""
         tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
         if self.settings.eval_tokens < tokens:
-            print0(f"--eval-tokens {self.settings.eval_tokens} is less than a batch: evaluating one batch, {tokens} tokens")
+            print0(f"--eval-tokens {self.settings.eval_tokens} is less than a batch: evaluating one batch, "
+                   f"{tokens} tokens")
         wanted = max(-(-self.settings.eval_tokens // tokens), 1)
         if self.settings.eval_tokens != EVAL_TOKENS:
             return wanted
@@ -1110,8 +1294,9 @@ class Run:
                      peak_memory_gib=round(peak_memory_bytes(self.runtime.device) / 2**30, 2))
 
 # %% [markdown]
-# The loop. A checkpoint is saved *before* the evaluation of its step: an evaluation needs files that may be missing and a network that may be
-# down, and no evaluation is worth a run. One that fails is reported, and training goes on.
+# The loop. A checkpoint is saved *before* the evaluation of its step: an evaluation needs files that may be missing
+# and a network that may be down, and no evaluation is worth a run. One that fails is reported, and training goes
+# on.
 
 # %%
 #| export scripts/base_train
@@ -1134,10 +1319,11 @@ def evaluations(run: Run) -> Iterator:
 def train(run: Run) -> None:
     """Save, evaluate, step; to the end."""
     steps, batch = run.dial.steps, run.dial.total_batch_size
+    every = run.settings.save_every
     bar = progress(total=run.dial.tokens, desc="base_train", initial=run.step * batch)
     bar.unit, bar.unit_scale = " tokens", True
     while True:
-        if run.step == steps or run.settings.save_every > 0 and run.step > 0 and run.step % run.settings.save_every == 0:
+        if run.step == steps or every > 0 and run.step > 0 and run.step % every == 0:
             run.save()
         for evaluation in evaluations(run):
             try:
@@ -1160,7 +1346,8 @@ def base_train(settings: BaseTrain) -> None:
             vocab_size = load_tokenizer().get_vocab_size()
         except NanochatError:
             vocab_size = 32768
-        return print(*(f"{name:12} {value}" for name, value in recipe_of(settings, vocab_size).describe().items()), sep="\n")
+        lines = recipe_of(settings, vocab_size).describe().items()
+        return print(*(f"{name:12} {value}" for name, value in lines), sep="\n")
     runtime = start(settings.device_type)
     check_settings(settings, runtime)
     tokenizer = load_tokenizer()
@@ -1170,9 +1357,43 @@ def base_train(settings: BaseTrain) -> None:
     train(Run(settings, runtime, tokenizer, dial))
 
 # %% [markdown]
+# ## Twenty seconds of pretraining
+#
+# The command itself, as a process of its own: two layers, a small vocabulary, the scratch world from above.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import subprocess
+import sys
+
+flags = ("--depth=2 --aspect-ratio=32 --head-dim=32 --max-seq-len=64 --total-batch-size=2048 --num-iterations=160 "
+         "--matrix-lr=0.1 --eval-every=40 --eval-tokens=8192 --core-metric-every=-1 --sample-every=160")
+command = [sys.executable, "-m", "nanochat_lib.scripts.base_train", f"--data-dir={shards}", "--model-tag=lesson",
+           f"--eval-bundle={scratch}/world/eval_bundle", "--device-type=cpu", *flags.split()]
+done = subprocess.run(command, capture_output=True, text=True)
+print(done.stdout.replace(scratch, "…") or done.stderr)
+
+# %%
+lines = [json.loads(line) for line in open(f"{scratch}/base_checkpoints/lesson/metrics.jsonl")]
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained")
+left.plot(*zip(*((line["step"], line["loss"]) for line in lines if "loss" in line)))
+left.set(xlabel="step (2,048 tokens each)", ylabel="training loss (nats per token)")
+curve = [(line["step"], line["bpb"]) for line in lines if "bpb" in line]
+right.plot(*zip(*curve), marker="o")
+right.set(xlabel="step", ylabel="validation bits per byte", ylim=(0, None))
+assert curve[-1][1] < 0.75 * curve[0][1]
+
+# %% [markdown]
+# Kill it anywhere (`kill -9`) and run the same command with `--resume`: on one CPU process the losses that follow
+# are the same, bit for bit. On several, `python -m torch.distributed.run --nproc-per-node=2 -m
+# nanochat_lib.scripts.base_train …` trains the same one model; both are tests of this course
+# (`tests/test_base_train.py`).
+
+# %% [markdown]
 # ## How good is it?
 #
-# `base_eval` asks the finished model everything lesson 06 can ask, and leaves a table as CSV beside a `result_base_eval.json`.
+# `base_eval` asks the finished model everything lesson 06 can ask, and leaves a table as CSV beside a
+# `result_base_eval.json`.
 
 # %%
 #| export scripts/base_eval
@@ -1227,7 +1448,8 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
     for split in ("train", "val"):
         loader = PackedLoader(tokenizer, rows, context, split, settings.data_dir, runtime.rank, runtime.world_size,
                               runtime.device)
-        bpb[split] = evaluate_bpb(model, loader, max(-(-wanted // batch), 1), tokenizer.token_bytes().to(runtime.device))
+        bpb[split] = evaluate_bpb(model, loader, max(-(-wanted // batch), 1),
+                                  tokenizer.token_bytes().to(runtime.device))
         print0(f"bits per byte, {split}: {bpb[split]:.4f}")
     return bpb
 
@@ -1253,8 +1475,8 @@ def base_eval(settings: BaseEval) -> None:
     for part in parts:
         try:
             if part == "core":
-                core = evaluate_core(model, tokenizer, runtime.device, settings.eval_bundle or None, settings.max_per_task,
-                                     report=print0)
+                core = evaluate_core(model, tokenizer, runtime.device, settings.eval_bundle or None,
+                                     settings.max_per_task, report=print0)
                 result.update(core)
                 print0(f"CORE {core['core_metric']:.4f}")
             elif part == "bpb":
@@ -1270,3 +1492,14 @@ def base_eval(settings: BaseEval) -> None:
     write_result("base_eval", **result)
     if len(failures) == len(parts):
         raise NanochatError(f"nothing could be evaluated ({failures[0]})")
+
+# %% [markdown]
+# ## Exercises
+#
+# In [07_pretraining](../exercises/07_pretraining.ipynb):
+# 1. `pack_row`: best fit, by a plain search.
+# 2. `learning_rate_multiplier`: a rate for each step.
+# 3. `optimal_batch_size`: how large a batch?
+# 4. Measure: what does cropping cost, and why does the buffer hold 1,000 documents?
+#
+# **Next:** [08 · The engine](08_engine.ipynb)

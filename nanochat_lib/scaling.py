@@ -110,8 +110,8 @@ def recipe(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len:
     else:
         steps = tokens // batch
     if steps < 1:
-        raise NanochatError(f"the run would have {steps} steps of {batch:,} tokens: give --num-iterations of at least 1, "
-                            "a smaller --total-batch-size or a larger budget")
+        raise NanochatError(f"the run would have {steps} steps of {batch:,} tokens: give --num-iterations of at least "
+                            "1, a smaller --total-batch-size or a larger budget")
     return Recipe(depth, model.config, model.num_parameters(), params, flops_per_token, tokens, batch, steps, scale,
                   weight_decay * scale * reference / tokens)
 

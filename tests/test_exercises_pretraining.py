@@ -74,7 +74,7 @@ def schedule(offset=1, floor=False, zero=True):
     (schedule(offset=0), "is wasted"),
     (schedule(floor=True), "not where it is cut off"),
     (schedule(offset=2), "0.1, 0.2"),
-    (lambda step, steps, w=40, r=0.65, f=0.05: schedule()(step, steps - 1, w, r, f), "Half-way down"),
+    (lambda step, steps, w=40, r=0.65, f=0.05: schedule()(step, steps - 1, w, r, f), "still at 1"),
 ])
 def test_wrong_schedules(answer, sentence, base_dir):
     verdict = check.learning_rate_multiplier(answer)

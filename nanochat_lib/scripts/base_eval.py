@@ -49,7 +49,8 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
     for split in ("train", "val"):
         loader = PackedLoader(tokenizer, rows, context, split, settings.data_dir, runtime.rank, runtime.world_size,
                               runtime.device)
-        bpb[split] = evaluate_bpb(model, loader, max(-(-wanted // batch), 1), tokenizer.token_bytes().to(runtime.device))
+        bpb[split] = evaluate_bpb(model, loader, max(-(-wanted // batch), 1),
+                                  tokenizer.token_bytes().to(runtime.device))
         print0(f"bits per byte, {split}: {bpb[split]:.4f}")
     return bpb
 
@@ -73,8 +74,8 @@ def base_eval(settings: BaseEval) -> None:
     for part in parts:
         try:
             if part == "core":
-                core = evaluate_core(model, tokenizer, runtime.device, settings.eval_bundle or None, settings.max_per_task,
-                                     report=print0)
+                core = evaluate_core(model, tokenizer, runtime.device, settings.eval_bundle or None,
+                                     settings.max_per_task, report=print0)
                 result.update(core)
                 print0(f"CORE {core['core_metric']:.4f}")
             elif part == "bpb":

@@ -20,8 +20,8 @@ from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, re
 from nanochat_lib.gpt import GPT, build_model
 from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
 from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
-from nanochat_lib.training import (PEAK_FLOPS, LossScaler, accumulate, check_loss, check_weights, compiled, divide_batch,
-                                   set_rates, trim_metrics)
+from nanochat_lib.training import (PEAK_FLOPS, LossScaler, accumulate, check_loss, check_weights, compiled,
+                                   divide_batch, set_rates, trim_metrics)
 
 EVAL_TOKENS = 41943040     # 80 × 524,288
 CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
@@ -85,12 +85,14 @@ def recipe_of(settings: BaseTrain, vocab_size: int) -> Recipe:
 def check_settings(settings: BaseTrain, runtime: Runtime) -> None:
     """What cannot work is said before any work is done."""
     if settings.fp8:
-        raise NanochatError("--fp8 needs a CUDA device, and here is " + runtime.device.type if runtime.device.type != "cuda"
-                            else "--fp8 is not built yet: leave it away to train in bfloat16")
+        where = runtime.device.type
+        raise NanochatError("--fp8 is not built yet: leave it away to train in bfloat16" if where == "cuda" else
+                            f"--fp8 needs a CUDA device, and this is {where}: leave it away")
     if settings.fp8_recipe not in ("tensorwise", "rowwise"):
         raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise or rowwise")
     if settings.compile and settings.no_compile:
-        raise NanochatError("--compile and --no-compile exclude each other: give one, or none to decide by the run's length")
+        raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
+                            "run decide")
     if not 0 <= settings.warmdown_ratio <= 1:
         raise NanochatError(f"--warmdown-ratio {settings.warmdown_ratio} is not a part of the run: give 0 … 1")
 
@@ -99,7 +101,8 @@ def sample_prompts(eval_bundle: str = "") -> list[str]:
     """Beginnings for a base model to continue: questions about the world's people, where the bundle is the world's."""
     if eval_bundle:
         tasks = [task for task in read_bundle(eval_bundle) if task.label.startswith("world")]
-        prompts = [item["context"] for task in tasks if task.kind == "language_modeling" for item in read_items(task, 3)]
+        prompts = [item["context"] for task in tasks if task.kind == "language_modeling"
+                   for item in read_items(task, 3)]
         if prompts:
             return prompts
     return ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
@@ -172,7 +175,8 @@ class Run:
         settings, scale = self.settings, self.dial.learning_rate_scale
         return self.orig_model.setup_optimizer(
             unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
-            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale, weight_decay=self.dial.weight_decay)
+            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale,
+            weight_decay=self.dial.weight_decay)
 
     def compile(self) -> torch.nn.Module:
         wanted = True if self.settings.compile else False if self.settings.no_compile else None
@@ -233,7 +237,8 @@ class Run:
         """Batches of an evaluation: --eval-tokens rounded up; the default is cut to fit the run and the machine."""
         tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
         if self.settings.eval_tokens < tokens:
-            print0(f"--eval-tokens {self.settings.eval_tokens} is less than a batch: evaluating one batch, {tokens} tokens")
+            print0(f"--eval-tokens {self.settings.eval_tokens} is less than a batch: evaluating one batch, "
+                   f"{tokens} tokens")
         wanted = max(-(-self.settings.eval_tokens // tokens), 1)
         if self.settings.eval_tokens != EVAL_TOKENS:
             return wanted
@@ -289,10 +294,11 @@ def evaluations(run: Run) -> Iterator:
 def train(run: Run) -> None:
     """Save, evaluate, step; to the end."""
     steps, batch = run.dial.steps, run.dial.total_batch_size
+    every = run.settings.save_every
     bar = progress(total=run.dial.tokens, desc="base_train", initial=run.step * batch)
     bar.unit, bar.unit_scale = " tokens", True
     while True:
-        if run.step == steps or run.settings.save_every > 0 and run.step > 0 and run.step % run.settings.save_every == 0:
+        if run.step == steps or every > 0 and run.step > 0 and run.step % every == 0:
             run.save()
         for evaluation in evaluations(run):
             try:
@@ -315,7 +321,8 @@ def base_train(settings: BaseTrain) -> None:
             vocab_size = load_tokenizer().get_vocab_size()
         except NanochatError:
             vocab_size = 32768
-        return print(*(f"{name:12} {value}" for name, value in recipe_of(settings, vocab_size).describe().items()), sep="\n")
+        lines = recipe_of(settings, vocab_size).describe().items()
+        return print(*(f"{name:12} {value}" for name, value in lines), sep="\n")
     runtime = start(settings.device_type)
     check_settings(settings, runtime)
     tokenizer = load_tokenizer()

@@ -1,0 +1,337 @@
+"""Lesson 07: pretraining runs of seconds: to the end, killed and resumed, on two processes, and when things are missing."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import QUIET, ROOT
+from safetensors.torch import load_file
+
+from nanochat_lib.checkpoint import checkpoint_directory, load_model, load_optimizer, read_meta, steps_in
+from nanochat_lib.common import NanochatError, read_json
+from nanochat_lib.scripts import base_train as script
+from nanochat_lib.scripts.base_eval import BaseEval, base_eval
+from nanochat_lib.scripts.base_train import BaseTrain, base_train
+from nanochat_lib.training import LossScaler, accumulate, compiled, divide_batch, set_rates
+
+T = 32
+SMALL = dict(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=T, device_batch_size=4, total_batch_size=256, save_every=4,
+             num_iterations=12, eval_every=6, eval_tokens=256, core_metric_every=-1, sample_every=-1, device_type="cpu")
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+
+
+def write_shard(folder, number, groups):
+    folder.mkdir(exist_ok=True)
+    with pq.ParquetWriter(folder / f"shard_{number:05d}.parquet", pa.schema([("text", pa.string())])) as writer:
+        for group in groups:
+            writer.write_table(pa.table({"text": group}))
+
+
+@pytest.fixture
+def data(base_dir, tokenizer):
+    """A base directory with a tokenizer; the folder of a little text, in which each document is one row of T tokens."""
+    tokenizer.save(base_dir / "tokenizer")
+    rng, folder = random.Random(0), base_dir / "shards"
+    letters = [chr(code) for code in range(33, 127)]
+    strings = ("".join(rng.choices(letters, weights=range(1, 95), k=T + 2)) for _ in range(10**6))
+    rows = list(itertools.islice((text for text in strings if len(tokenizer.encode(text)) == T), 160))
+    write_shard(folder, 0, [rows[i:i + 4] for i in range(0, 128, 4)])
+    write_shard(folder, 1, [rows[128:144], rows[144:]])
+    return str(folder)
+
+
+def losses(tag="d2"):
+    """{step: loss} as metrics.jsonl has them; a step logged twice is a fault."""
+    lines = map(json.loads, (checkpoint_directory("base", tag) / "metrics.jsonl").read_text().splitlines())
+    pairs = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def weights(tag="d2", step=12):
+    return load_file(checkpoint_directory("base", tag) / f"model_{step:06d}.safetensors")
+
+
+def same(left, right, atol=0.0):
+    return all(torch.allclose(left[name], right[name], rtol=0, atol=atol) for name in left)
+
+
+def test_a_run_from_start_to_end(data, base_dir, capsys):
+    base_train(BaseTrain(**SMALL, data_dir=data))
+    assert steps_in(checkpoint_directory("base", "d2")) == [4, 8, 12]
+    result = read_json(base_dir / "report" / "result_base.json")
+    assert [step for step, _ in result["bpb_curve"]] == [0, 6, 12]
+    assert result["bpb"] < result["bpb_start"] and result["tokens"] == 12 * 256 and result["steps"] == 12
+    assert result["peak_memory_gib"] > 0 and result["tok_per_sec"] > 0 and result["parameters"] > 0
+    assert sorted(losses()) == list(range(12))
+    lines = [json.loads(line) for line in
+             (checkpoint_directory("base", "d2") / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "lr", "tok_per_sec"} <= set(next(line for line in lines if "loss" in line))
+    assert max(line["lr"] for line in lines if "lr" in line) == pytest.approx(0.02 * (256 / 2**19) ** 0.5)  # left warm-up
+    assert "validation bits per byte" in capsys.readouterr().out
+    meta = read_meta(checkpoint_directory("base", "d2"), 12)
+    assert meta["settings"]["depth"] == 2 and meta["model_config"]["n_layer"] == 2 and len(meta["loader"]) == 1
+
+
+def test_resumed_from_any_checkpoint_a_run_is_bit_for_bit_the_same(data):
+    base_train(BaseTrain(**SMALL, data_dir=data, model_tag="whole"))
+    settings = BaseTrain(**SMALL, data_dir=data)
+    stop_at = script.Run.train_step
+    for stop in (5, 9):  # a fault in the middle, twice
+        def broken(run, bar):
+            if run.step == stop:
+                raise KeyboardInterrupt
+            stop_at(run, bar)
+
+        settings.resume = True
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(script.Run, "train_step", broken)
+            base_train(settings)
+    base_train(settings)
+    assert losses() == losses("whole") and same(weights(), weights("whole"))
+    settings.resume, settings.resume_from_step = False, 4
+    base_train(settings)
+    assert losses() == losses("whole") and same(weights(), weights("whole"))
+    settings.resume_from_step = 5
+    with pytest.raises(NanochatError, match="no checkpoint of step 5"):
+        base_train(settings)
+
+
+def test_killed_with_sigkill_the_command_resumes_exactly(data, base_dir):
+    flags = [*FLAGS, f"--data-dir={data}", "--num-iterations=60", "--save-every=2", "--eval-every=-1"]
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 60, "save_every": -1, "eval_every": -1}, data_dir=data,
+                         model_tag="whole"))
+    folder, rng = checkpoint_directory("base", "d2"), random.Random(5)
+    command = [sys.executable, "-m", "nanochat_lib.scripts.base_train", *flags, "--resume"]
+    kills = 0
+    for seen in (4, 24):
+        with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **QUIET}, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and (steps_in(folder) or [0])[-1] < seen:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.05))  # anywhere: in a step, or in the middle of saving
+            kills += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+    assert kills
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 60, "save_every": 2, "eval_every": -1}, data_dir=data, resume=True))
+    assert losses() == losses("whole") and same(weights(step=60), weights("whole", 60))
+
+
+def test_two_processes_train_one_model_and_the_same_as_one(data, base_dir, run_module):
+    """Each row is one document, so both runs see the same 8 rows a step: as 2 micro-batches, or on 2 ranks."""
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 6}, data_dir=data, model_tag="one"))
+    flags = [*FLAGS, "--num-iterations=6", f"--data-dir={data}", "--model-tag=two"]
+    run = run_module("nanochat_lib.scripts.base_train", *flags, nproc=2)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("step     0/6") == 1  # one voice
+    assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
+    assert same(weights("two", 6), weights("one", 6), atol=1e-5)
+    assert read_json(base_dir / "report" / "result_base.json")["tokens"] == 6 * 256
+    states = []
+    for tag in ("one", "two"):  # the optimizer's state, saved by two, is that of one
+        optimizer = load_model("base", "cpu", model_tag=tag)[0].setup_optimizer()
+        load_optimizer(checkpoint_directory("base", tag), 4, optimizer)
+        states.append(optimizer.checkpoint_state())
+    assert same(*states, atol=1e-5) and any(value.abs().sum() > 0 for value in states[0].values())
+    base_train(BaseTrain(**SMALL, data_dir=data, model_tag="two", resume=True))  # two become one
+    assert sorted(losses("two")) == list(range(12))
+
+
+def test_an_evaluation_that_cannot_run_does_not_cost_the_run(data, base_dir, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 2, "core_metric_every": 1, "sample_every": 2}, data_dir=data))
+    assert "could not run" in capsys.readouterr().out and steps_in(checkpoint_directory("base", "d2")) == [2]
+    assert (base_dir / "report" / "result_base.json").exists()
+
+
+def test_saved_before_evaluated(data, monkeypatch):
+    def evaluate(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate_core", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        base_train(BaseTrain(**{**SMALL, "num_iterations": 4, "core_metric_every": 4}, data_dir=data))
+    assert steps_in(checkpoint_directory("base", "d2")) == [4]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data, monkeypatch):
+    real, calls = script.accumulate, []
+
+    def poisoned(*args):
+        calls.append(0)
+        return float("nan") if len(calls) == 7 else real(*args)
+
+    monkeypatch.setattr(script, "accumulate", poisoned)
+    with pytest.raises(NanochatError, match=r"nan at step 6.*step 4 in .*--resume-from-step=4.*lm_head"):
+        base_train(BaseTrain(**SMALL, data_dir=data))
+    with torch.no_grad(), pytest.raises(NanochatError, match="lm_head.weight is not finite at step 4"):
+        model = load_model("base", "cpu", model_tag="d2")[0]
+        model.lm_head.weight[0, 0] = float("inf")
+        script.check_weights(model, 4, checkpoint_directory("base", "d2"))
+
+
+def test_eval_tokens_under_a_batch_are_rounded_up(data, base_dir, capsys):
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 1, "eval_tokens": 5}, data_dir=data))
+    assert "--eval-tokens 5 is less than a batch" in capsys.readouterr().out
+    assert 0 < read_json(base_dir / "report" / "result_base.json")["bpb"] < 20
+
+
+def test_the_default_evaluation_is_sized_to_run_and_machine(data, capsys):
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 30, "eval_tokens": script.EVAL_TOKENS, "eval_every": 30,
+                            "save_every": -1}, data_dir=data))
+    said = capsys.readouterr().out.split("evaluating on ")[1].split(" tokens")[0]
+    assert 0 < int(said.replace(",", "")) <= 30 * 256 // 10
+
+
+def test_what_is_missing_or_impossible_is_one_line(data, base_dir, tmp_path, monkeypatch):
+    def refused(match, **changes):
+        with pytest.raises(NanochatError, match=match):
+            base_train(BaseTrain(**{**SMALL, "data_dir": data, **changes}))
+
+    (tmp_path / "empty").mkdir()
+    refused("no parquet shards", data_dir=str(tmp_path / "empty"))
+    refused("give 224", total_batch_size=250)
+    refused("depth 0", depth=0)
+    refused("SX", window_pattern="SX")
+    refused("--fp8 needs a CUDA device", fp8=True)
+    refused("exclude each other", compile=True, no_compile=True)
+    refused("not on this machine", device_type="abacus")
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bf16")
+    refused("bf16.*bfloat16, float16, float32")
+    monkeypatch.delenv("NANOCHAT_DTYPE")
+    shutil.rmtree(base_dir / "tokenizer")
+    refused("tok_train")
+    assert not list(base_dir.glob("base_checkpoints/*/meta*"))
+
+
+def test_one_shard_is_split(base_dir, tokenizer, tmp_path, capsys):
+    tokenizer.save(base_dir / "tokenizer")
+    write_shard(tmp_path / "one", 0, [["Anna lives in Oakham."] * 40])
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 2}, data_dir=str(tmp_path / "one")))
+    assert "validation split" in capsys.readouterr().out
+
+
+def test_another_model_or_tokenizer_is_not_resumed(data, base_dir):
+    from nanochat_lib.tokenizer import Tokenizer
+
+    settings = {**SMALL, "num_iterations": 4, "resume": True, "data_dir": data, "model_tag": "m"}
+    base_train(BaseTrain(**settings))
+    with pytest.raises(NanochatError, match="other settings"):
+        base_train(BaseTrain(**{**settings, "depth": 3}))
+    Tokenizer.train_from_iterator(iter(["quite another text, my dear " * 9]), 280).save(base_dir / "tokenizer")
+    with pytest.raises(NanochatError, match="was trained with tokenizer"):
+        base_train(BaseTrain(**settings))
+
+
+def test_a_fresh_start_keeps_the_former_run_aside(data):
+    for _ in range(2):
+        base_train(BaseTrain(**{**SMALL, "num_iterations": 4}, data_dir=data))
+    assert steps_in(checkpoint_directory("base", "d2.old1")) == steps_in(checkpoint_directory("base", "d2")) == [4]
+
+
+def test_float16(data, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 10}, data_dir=data))
+    seen = losses()
+    assert seen[9] < seen[0] and read_meta(checkpoint_directory("base", "d2"), 10)["scaler"]["good_steps"] > 0
+
+
+def test_loss_scaling_skips_a_step_that_overflowed(make_model):
+    model = make_model().train()
+    optimizer, scaler = model.setup_optimizer(), LossScaler(torch.float16)
+    ids = torch.arange(34)[None] % 300
+    batches = iter([(ids[:, :-1], ids[:, 1:])] * 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    accumulate(model, batches, 1, scaler)
+    model.lm_head.weight.grad[0, 0] = float("inf")
+    assert not scaler.step(optimizer) and same(before, model.state_dict()) and scaler.scale == 2**15
+    model.zero_grad(set_to_none=True)
+    accumulate(model, batches, 2, scaler)
+    assert scaler.step(optimizer) and not same(before, model.state_dict())
+    assert LossScaler(torch.float16, scaler.state()).state() == {"scale": 2.0**15, "good_steps": 1}
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(make_model):
+    model, off = make_model().train(), LossScaler(torch.float32)
+    ids = torch.randint(0, 300, (6, 33), generator=torch.Generator().manual_seed(0))
+    whole = accumulate(model, iter([(ids[:, :-1], ids[:, 1:])]), 1, off)
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    parts = accumulate(model, iter([(part[:, :-1], part[:, 1:]) for part in ids.chunk(3)]), 3, off)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert all(torch.allclose(p.grad, grad, atol=1e-5) for p, grad in zip(model.parameters(), expected))
+
+
+def test_rates_reach_every_group(make_model):
+    optimizer = make_model().setup_optimizer(weight_decay=0.2)
+    for _ in range(2):  # from the first values each time
+        set_rates(optimizer, 0.5, momentum=0.9, weight_decay=0.25)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.5 * group["initial_lr"]
+        if group["kind"] == "muon":
+            assert group["momentum"] == 0.9 and group["weight_decay"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("total, rows, ranks, expected", [(8192, 32, 1, (32, 1)), (8192, 32, 2, (16, 1)),
+                                                          (8192, 12, 1, (8, 4)), (256, 8, 1, (1, 1))])
+def test_the_batch_is_divided(total, rows, ranks, expected):
+    assert divide_batch(total, rows, 256, ranks) == expected
+
+
+def test_without_a_compiler_training_goes_on(make_model, monkeypatch, capsys):
+    def missing(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nmuch more")
+
+    model, ids = make_model().train(), torch.zeros(1, 8, dtype=torch.long)
+    monkeypatch.setattr(torch, "compile", missing)
+    assert compiled(model, (ids, ids), True, 1e9) is model
+    assert "No working C++ compiler found): going on without it" in capsys.readouterr().out
+    assert compiled(model, (ids, ids), None, 1e9) is model and not capsys.readouterr().out  # too short to pay
+
+
+def test_dry_run_prints_the_recipe(base_dir, capsys):
+    base_train(BaseTrain(depth=24, target_param_data_ratio=8, dry_run=True))
+    said = capsys.readouterr().out
+    assert "depth 24" in said and "5,568 steps of 1,048,576" in said and not (base_dir / "base_checkpoints").exists()
+
+
+def test_base_eval(data, base_dir, capsys, monkeypatch):
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 2}, data_dir=data))
+    bundle = base_dir / "bundle"
+    (bundle / "eval_data").mkdir(parents=True)
+    (bundle / "core.yaml").write_text("icl_tasks:\n- {label: world_ab, dataset_uri: ab.jsonl, num_fewshot: [1], "
+                                      "icl_task_type: language_modeling}\n")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nworld_ab,0\n")
+    (bundle / "eval_data" / "ab.jsonl").write_text('{"context": "Anna keeps a", "continuation": "cat"}\n' * 3)
+    base_eval(BaseEval(data_dir=data, eval_bundle=str(bundle), split_tokens=5, device_type="cpu"))
+    result = read_json(base_dir / "report" / "result_base_eval.json")
+    assert result["results"].keys() == result["centered_results"].keys() == {"world_ab"} and "core_metric" in result
+    assert set(result["bpb"]) == {"train", "val"} and result["samples"][0].startswith("Anna keeps a")
+    assert (base_dir / "base_eval" / "base_model_000002.csv").read_text().splitlines()[0] == "Task,Accuracy,Centered"
+    assert "less than a batch" in capsys.readouterr().out
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base_eval(BaseEval(data_dir=data, split_tokens=256, device_type="cpu"))  # no bundle: the rest is done
+    assert "left out: core" in capsys.readouterr().out
+    assert "core_metric" not in read_json(base_dir / "report" / "result_base_eval.json")
+    for settings, match in [(BaseEval(eval="core"), "nothing could be"), (BaseEval(eval="bqb"), "core, bpb, sample"),
+                            (BaseEval(model_tag="d9"), "base_train")]:
+        with pytest.raises(NanochatError, match=match):
+            base_eval(settings)
+
+
+def test_real_text(base_dir, shared_data, tokenizer):
+    tokenizer.save(base_dir / "tokenizer")
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 40, "eval_every": 20, "save_every": -1},
+                         data_dir=str(shared_data / "public_domain_text")))
+    curve = read_json(base_dir / "report" / "result_base.json")["bpb_curve"]
+    assert curve[-1][1] < curve[0][1] - 0.3
