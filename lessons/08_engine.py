@@ -624,6 +624,101 @@ class Batch:
         return finished
 
 # %% [markdown]
+# ## One row on a CPU: the price of an operation
+#
+# A step of a small model is some 300 operations on a few hundred numbers each. PyTorch takes a few microseconds to start one (it looks up
+# device, dtype, layout, gradients), NumPy a fraction of that. For a single row on a CPU, a chat on a laptop, the engine therefore has
+# the step once more in NumPy: the same weights, the same cache, the formulas of lesson 04. (On a GPU, CUDA graphs play this part.)
+
+# %%
+#| export numpy_step
+"""One decode step of one row on a CPU, in NumPy: for a small model several times as fast as through PyTorch."""
+
+import numpy as np
+import torch
+
+from nanochat_lib.fused import SOFTCAP
+from nanochat_lib.gpt import GPT, SMEAR_CHANNELS, VALUE_CHANNELS, window_sizes
+from nanochat_lib.kv_cache import KVCache
+
+# %%
+#| export numpy_step
+EPSILON = np.float32(torch.finfo(torch.float32).eps)  # that of F.rms_norm
+
+
+def norm(x: np.ndarray) -> np.ndarray:
+    """RMS norm of x (C,)."""
+    return x * (1 / np.sqrt(x.dot(x) / np.float32(len(x)) + EPSILON))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+class NumpyStep:
+    """GPT.forward for one token of one row, float32 on the CPU. It reads the model's own memory, so it sees training."""
+
+    def __init__(self, model: GPT):
+        self.config, self.windows = model.config, window_sizes(model.config)
+        self.weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+        self.cos, self.sin = model.cos.numpy(), model.sin.numpy()
+        names = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "attn.ve_gate")
+        self.layers = [[self.weights.get(f"transformer.h.{layer}.{name}.weight") for name in names]
+                       for layer in range(model.config.n_layer)]
+
+    @staticmethod
+    def suits(model: GPT) -> bool:
+        return type(model) is GPT and model.lm_head.weight.device.type == "cpu" and model.dtype == torch.float32
+
+    def __call__(self, token: int, cache: KVCache) -> torch.Tensor:
+        """Logits (1, V) after `token`, which the cache's only row holds afterwards."""
+        w, position = self.weights, cache.longest
+        if position >= cache.capacity:
+            raise ValueError(f"a cache of {cache.capacity} positions has no place for {position + 1}")
+        x = norm(w["transformer.wte.weight"][token])
+        before, cache.previous = cache.previous[0].numpy(), torch.from_numpy(x)[None]
+        gate = w["smear_lambda"] * sigmoid(w["smear_gate.weight"].dot(x[:SMEAR_CHANNELS]))
+        x = x0 = x + gate * before
+        store = cache.store[:, :, 0].numpy()  # (2, layer, kv head, position, head dim)
+        for layer, (c_q, c_k, c_v, c_proj, c_fc, c_out, ve_gate) in enumerate(self.layers):
+            x = w["resid_lambdas"][layer] * x + w["x0_lambdas"][layer] * x0
+            h = norm(x)
+            v = c_v.dot(h).reshape(self.config.n_kv_head, -1)
+            if ve_gate is not None:
+                ve = w[f"value_embeds.{layer}.weight"][token].reshape(v.shape)
+                v = v + (3 * sigmoid(ve_gate.dot(h[:VALUE_CHANNELS])))[:, None] * ve
+            qk = np.concatenate((c_q.dot(h), c_k.dot(h)))
+            x = x + c_proj.dot(self.attend(qk, v, store[:, layer], position, self.windows[layer]))
+            x = x + c_out.dot(np.square(np.maximum(c_fc.dot(norm(x)), 0)))
+            if layer == self.config.n_layer // 2:
+                halfway = x
+        cache.advance(1)
+        logits = w["lm_head.weight"][:self.config.vocab_size].dot(norm(x - w["backout_lambda"] * halfway))
+        return torch.from_numpy(np.tanh(logits / np.float32(SOFTCAP)) * np.float32(SOFTCAP))[None]
+
+    def attend(self, qk: np.ndarray, v: np.ndarray, store: np.ndarray, position: int, window: int) -> np.ndarray:
+        """Turn and norm queries and keys (heads one after another), keep k and v, look back → (C,)."""
+        config, half = self.config, self.config.head_dim // 2
+        qk, cos, sin = qk.reshape(-1, 2, half), self.cos[position], self.sin[position]
+        turned = np.concatenate((qk[:, 0] * cos + qk[:, 1] * sin, qk[:, 1] * cos - qk[:, 0] * sin), axis=1)
+        size = np.einsum("hd,hd->h", turned, turned) / np.float32(2 * half) + EPSILON
+        turned *= (np.float32(1.2) / np.sqrt(size))[:, None]
+        store[0, :, position], store[1, :, position] = turned[config.n_head:], v
+        keys, values = store[:, :, max(0, position - window):position + 1]
+        q = turned[:config.n_head].reshape(config.n_kv_head, -1, 2 * half)  # (kv head, queries of it, head dim)
+        scores = np.matmul(q, keys.transpose(0, 2, 1)) * np.float32((2 * half) ** -0.5)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return (np.matmul(weights, values) / weights.sum(axis=-1, keepdims=True)).ravel()
+
+# %%
+step, cache = NumpyStep(model), KVCache(config, rows=1, capacity=16)
+with torch.inference_mode():
+    cache.resize([0], "cpu")
+    model(ids[:1, :9], kv_cache=cache)
+    logits = step(int(ids[0, 9]), cache)
+    assert torch.allclose(logits[0], model(ids[:1, :10])[0, -1], atol=1e-4)
+
+# %% [markdown]
 # ## The engine
 #
 # What remains is a face for each use: `generate_many` for reinforcement learning and evaluation, `stream` for a chat, `generate` and
@@ -643,8 +738,10 @@ import torch
 
 from nanochat_lib.batch import Batch, Completion, Request, Token
 from nanochat_lib.common import NanochatError, progress as progress_bar
-from nanochat_lib.gpt import GPT, softcap
+from nanochat_lib.fused import softcap
+from nanochat_lib.gpt import GPT
 from nanochat_lib.kv_cache import KVCache, cache_bytes
+from nanochat_lib.numpy_step import NumpyStep
 from nanochat_lib.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_lib.tools import calculate
 
@@ -675,6 +772,7 @@ class Engine:
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
+        self.numpy_step = NumpyStep(model) if NumpyStep.suits(model) else None
         special = tokenizer.encode_special
         self.assistant_end = special("<|assistant_end|>")
         self.stops = {self.assistant_end, special("<|bos|>")}
@@ -685,6 +783,8 @@ class Engine:
 
     def forward(self, tokens: torch.Tensor, cache: KVCache, last: torch.Tensor | None = None) -> torch.Tensor:
         """Feed tokens (B, T) to the cache; returns the logits (B, V) after each row's token `last` (B,), default T − 1."""
+        if self.numpy_step and tokens.numel() == 1 and cache.longest:
+            return self.numpy_step(int(tokens), cache)
         x = self.model.hidden(tokens.to(self.device, non_blocking=True), cache)
         x = x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]
         return softcap(self.model.lm_head(x)[:, :self.model.config.vocab_size])

@@ -11,8 +11,10 @@ import torch
 
 from nanochat_lib.batch import Batch, Completion, Request, Token
 from nanochat_lib.common import NanochatError, progress as progress_bar
-from nanochat_lib.gpt import GPT, softcap
+from nanochat_lib.fused import softcap
+from nanochat_lib.gpt import GPT
 from nanochat_lib.kv_cache import KVCache, cache_bytes
+from nanochat_lib.numpy_step import NumpyStep
 from nanochat_lib.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_lib.tools import calculate
 
@@ -41,6 +43,7 @@ class Engine:
     def __init__(self, model: GPT, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
+        self.numpy_step = NumpyStep(model) if NumpyStep.suits(model) else None
         special = tokenizer.encode_special
         self.assistant_end = special("<|assistant_end|>")
         self.stops = {self.assistant_end, special("<|bos|>")}
@@ -51,6 +54,8 @@ class Engine:
 
     def forward(self, tokens: torch.Tensor, cache: KVCache, last: torch.Tensor | None = None) -> torch.Tensor:
         """Feed tokens (B, T) to the cache; returns the logits (B, V) after each row's token `last` (B,), default T − 1."""
+        if self.numpy_step and tokens.numel() == 1 and cache.longest:
+            return self.numpy_step(int(tokens), cache)
         x = self.model.hidden(tokens.to(self.device, non_blocking=True), cache)
         x = x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]
         return softcap(self.model.lm_head(x)[:, :self.model.config.vocab_size])
