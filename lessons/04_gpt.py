@@ -51,8 +51,8 @@ from torch.autograd import Function
 
 
 def by_hand(x: Tensor) -> bool:
-    """True where our gradients beat autograd's: on the CPU, unless a compiler fuses the plain formula."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """True where our gradients beat autograd's: training on the CPU, unless a compiler fuses the plain formula."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 # %% [markdown]
 # **Norm.** A vector is divided by the root of its mean square; there are no learned weights, since the matrix that
@@ -64,7 +64,10 @@ def by_hand(x: Tensor) -> bool:
 #| export fused
 def norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """RMS norm over the last dimension, without weights, times scale (arXiv 1910.07467)."""
-    return Norm.apply(x, scale) if by_hand(x) else scale * F.rms_norm(x, (x.size(-1),))
+    if by_hand(x):
+        return Norm.apply(x, scale)
+    y = F.rms_norm(x, (x.size(-1),))
+    return y if scale == 1 else scale * y
 
 
 class Norm(Function):
