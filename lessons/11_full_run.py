@@ -504,13 +504,16 @@ def write_report(folder: Path, preset: str, seconds: dict[str, float]) -> dict[s
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-import matplotlib.pyplot  # from here on figures are shown
-from IPython.display import display
+import io
+
+from IPython.display import Image
 
 from nanochat_lib.course.models import ready
 
 ready("rl")
-display(draw(gather(base_dir(), "", {})))
+picture = io.BytesIO()
+draw(gather(base_dir(), "", {})).savefig(picture, dpi=80)
+Image(picture.getvalue())
 
 # %% [markdown]
 # ## Launching from the notebook

@@ -39,9 +39,10 @@ from typing import Any
 
 import torch
 
+from nanochat_lib.batch import Token
 from nanochat_lib.checkpoint import SET_ASIDE, checkpoint_directory, find_checkpoint, load_model, steps_in
 from nanochat_lib.common import NanochatError, base_dir, pick_device
-from nanochat_lib.engine import Engine, Speller, Token
+from nanochat_lib.engine import Engine, Speller
 from nanochat_lib.tokenizer import Tokenizer
 
 # %% [markdown]
@@ -300,7 +301,7 @@ ready("rl")
 session = ChatSession(ChatModel.load(), Sampling(temperature=0, max_tokens=96))
 question = "Hello! Who are you?"
 print("you   ", question)
-answer = session.send(question, lambda piece: print(piece.text, end="", flush=True))
+answer = session.send(question, lambda piece: print(piece.text, end=""))
 print(f"\n\n{answer.tokens} tokens, {answer.finish_reason}")
 
 # %% [markdown]
@@ -352,15 +353,14 @@ BUBBLE = "padding: 6px 12px; border-radius: 10px; line-height: 1.5; white-space:
 SIGNS = {"python": "calc ", "python_output": "= "}
 
 
-def bubble(role: str, content: str | list[dict], note: str = "") -> str:
+def bubble(role: str, content: str | list[dict]) -> str:
     """One message as HTML, everything in it escaped; calculator calls and their results are set apart."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     inner = ""
     for part in parts:
         text, sign = html.escape(part["text"]), SIGNS.get(part["type"])
         inner += text if sign is None else f'<span style="{TOOL}" class="{part["type"]}">{sign}{text}</span>'
-    small = f'<div style="opacity: 0.6; font-size: 85%">{html.escape(note)}</div>' if note else ""
-    return f'<div class="chat-{role}" style="{BUBBLE}; {STYLES[role]}">{inner or "…"}{small}</div>'
+    return f'<div class="chat-{role}" style="{BUBBLE}; {STYLES[role]}">{inner or "…"}</div>'
 
 # %%
 #| export chat_box
@@ -632,8 +632,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanochat_lib.batch import Request, Token
 from nanochat_lib.chat import Answer, ChatModel, Piece
-from nanochat_lib.engine import Request, Token
 
 # %%
 #| export serving
@@ -1094,3 +1094,61 @@ def chat_web(settings: ChatWeb) -> None:
     app = make_app(Pool(models, settings.max_waiting, settings.rows), settings)
     print(f"{models[0].name} on {', '.join(devices)}: http://{settings.host}:{settings.port}", flush=True)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=2)
+
+# %% [markdown]
+# `python -m nanochat_lib.scripts.chat_web`, then http://127.0.0.1:8000: the page (`nanochat_lib/chat.html`) is one
+# file that loads nothing from elsewhere. Whatever a model writes is shown as text, never run as markup. The same
+# address serves programs. Here one asks a server that runs in a thread of this notebook, and reads the answer as it
+# comes:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import socket
+from urllib.request import Request as WebRequest, urlopen
+
+from nanochat_lib.protocol import ApiError, read_messages
+from nanochat_lib.serving import Pool
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+settings = ChatWeb(port=port, temperature=0)
+server = uvicorn.Server(uvicorn.Config(make_app(Pool([session.model]), settings), port=port, log_level="warning"))
+threading.Thread(target=server.run, daemon=True).start()
+while not server.started:
+    time.sleep(0.05)
+
+body = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "stream": True, "max_tokens": 48}
+web_request = WebRequest(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
+                         {"Content-Type": "application/json"})
+with urlopen(web_request) as stream:
+    for line in map(bytes.decode, stream):
+        if line.startswith("data: {"):
+            delta = json.loads(line[6:])["choices"][0]["delta"]
+            print(delta.get("content") or delta.get("part", {}).get("text", ""), end="|")
+server.should_exit = True
+
+# %% [markdown]
+# Each bar ends an event of the stream. With OpenAI's own client it is
+# `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. And what is wrong with a request is said before
+# any model works on it:
+
+# %%
+for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "user", "content": "x" * 9000}]):
+    try:
+        read_messages({"messages": messages})
+    except ApiError as error:
+        print(error.status, error)
+
+# %% [markdown]
+# ## Where it fails
+#
+# Ask it something outside its world: the capital of France, a sum with three-digit numbers, a story about a person you
+# made up. It answers all the same, and as fluently, because a model that continues documents has no other way to end
+# one. What it is sure of (the figure above) is what its data said often; what its data never said, it makes up. More
+# data, more depth and better examples change how much it knows, not what it is.
+#
+# That was the course: from bytes to a conversation. What you built here is the library; lesson 11 has the commands
+# that make it large.
+#
+# **Back to** [00 · The tour](00_tour.ipynb)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from nanochat_lib.batch import Token
 from nanochat_lib.checkpoint import SET_ASIDE, checkpoint_directory, find_checkpoint, load_model, steps_in
 from nanochat_lib.common import NanochatError, base_dir, pick_device
-from nanochat_lib.engine import Engine, Speller, Token
+from nanochat_lib.engine import Engine, Speller
 from nanochat_lib.tokenizer import Tokenizer
 
 

@@ -24,15 +24,14 @@ BUBBLE = "padding: 6px 12px; border-radius: 10px; line-height: 1.5; white-space:
 SIGNS = {"python": "calc ", "python_output": "= "}
 
 
-def bubble(role: str, content: str | list[dict], note: str = "") -> str:
+def bubble(role: str, content: str | list[dict]) -> str:
     """One message as HTML, everything in it escaped; calculator calls and their results are set apart."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     inner = ""
     for part in parts:
         text, sign = html.escape(part["text"]), SIGNS.get(part["type"])
         inner += text if sign is None else f'<span style="{TOOL}" class="{part["type"]}">{sign}{text}</span>'
-    small = f'<div style="opacity: 0.6; font-size: 85%">{html.escape(note)}</div>' if note else ""
-    return f'<div class="chat-{role}" style="{BUBBLE}; {STYLES[role]}">{inner or "…"}{small}</div>'
+    return f'<div class="chat-{role}" style="{BUBBLE}; {STYLES[role]}">{inner or "…"}</div>'
 
 
 class ChatBox:

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanochat_lib.batch import Request, Token
 from nanochat_lib.chat import Answer, ChatModel, Piece
-from nanochat_lib.engine import Request, Token
 
 
 class Full(Exception):

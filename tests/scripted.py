@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import uvicorn
 
+from nanochat_lib.batch import Batch
 from nanochat_lib.chat import ChatModel
-from nanochat_lib.engine import Batch, Engine
+from nanochat_lib.engine import Engine
 from nanochat_lib.scripts.chat_web import ChatWeb, make_app
 from nanochat_lib.serving import Pool
 
@@ -76,7 +77,7 @@ def scripted_model(make_model, tokenizer, pause: float = 0.0, stage: str = "sft"
     return ChatModel(engine, tokenizer, stage, f"{stage}-d3", context)
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=60.0):
     """Wait for a condition that a thread will make true."""
     end = time.monotonic() + seconds
     while not condition():
