@@ -13,7 +13,12 @@
 # %% [markdown]
 # # 10 · Reinforcement learning
 #
-# *How does it get better than its teachers?* — 30 minutes, about one of them computing.
+# *How does it get better than its teachers?* — 35 minutes, less than one of them computing.
+#
+# A model that imitates can at best become as good as what it imitates. But for many questions an answer is easy to
+# judge even where it is hard to give: the number after `####` is right or wrong. So let the model try, see which
+# tries were right, and make those more likely. The trouble is that "right" has no derivative. This lesson gets a
+# gradient from it all the same.
 
 # %%
 #| default_exp rl
@@ -36,6 +41,80 @@ from nanochat_lib.gpt import GPT, softcap
 from nanochat_lib.tasks.common import Task
 
 # %%
+import matplotlib.pyplot as plt
+
+from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.tasks.common import conversation_of
+from nanochat_lib.tokenizer import Tokenizer
+
+# %% [markdown]
+# ## One question, three answers
+#
+# The smallest case: a policy that chooses among three answers, softmax of three logits, and answers that are right
+# with chance 0.2, 0.5 and 0.8. The expected reward J = Σ p(a)·r(a) does have a gradient, but to compute it one must
+# know r for every answer. With language, nobody can list all answers. The way out (REINFORCE, Williams 1992) is to
+# write ∇p = p·∇log p:
+#
+# $$\nabla J = \sum_a p(a)\, r(a)\, \nabla \log p(a) = \mathbb{E}\,[\, r \cdot \nabla \log p(a)\,]$$
+#
+# An expectation can be sampled: try answers, and push the log-probability of each by the reward it got.
+
+# %%
+chances = torch.tensor([0.2, 0.5, 0.8])
+logits = torch.tensor([1.0, 0.0, -0.5], requires_grad=True)
+
+expected = (logits.softmax(-1) * chances).sum()
+(exact,) = torch.autograd.grad(expected, logits)
+
+
+def estimates(groups, samples, baseline):
+    """Gradient estimates (groups, 3), each from `samples` tries; baseline(rewards) is subtracted from the rewards."""
+    generator = torch.Generator().manual_seed(0)
+    p = logits.detach().softmax(-1)
+    actions = torch.multinomial(p, groups * samples, replacement=True, generator=generator).view(groups, samples)
+    rewards = torch.bernoulli(chances[actions], generator=generator)
+    score = torch.nn.functional.one_hot(actions, 3) - p  # ∇ log softmax
+    return ((rewards - baseline(rewards))[..., None] * score).mean(1)
+
+
+raw = estimates(20_000, 16, lambda rewards: 0.0)
+print("exact    ", [round(x, 2) for x in exact.tolist()])
+print("estimated", [round(x, 2) for x in raw.mean(0).tolist()])
+
+# %% [markdown]
+# ## Better or worse than usual
+#
+# Right in the mean, but a single estimate is noisy: if most answers are right, almost everything tried is pushed up.
+# Subtract what one expects anyway. Such a *baseline* changes nothing in the mean, because E[∇log p] = 0, and takes
+# out much of the noise. The mean of a group of answers to the same question is a good one, and costs nothing.
+
+# %%
+baselines = torch.linspace(-0.5, 1.5, 21)
+spread = [estimates(4000, 16, lambda rewards: b).var(0).sum() for b in baselines]
+grouped = estimates(20_000, 16, lambda rewards: rewards.mean(1, keepdim=True))
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+for name, values in {"no baseline": raw, "group mean": grouped}.items():
+    left.hist(values[:, 0].numpy(), bins=60, range=(-0.4, 0.3), alpha=0.6, density=True, label=name)
+left.axvline(exact[0].item(), color="black", linewidth=1, label="exact gradient")
+left.set(xlabel="estimate of the first component, 16 tries", ylabel="density")
+left.legend(fontsize=8)
+right.plot(baselines, spread, label="a constant baseline")
+right.axhline(grouped.var(0).sum(), color="C1", label="group mean")
+right.axvline(expected.item(), color="0.6", linewidth=1, label="expected reward")
+right.set(xlabel="baseline", ylabel="variance of the estimate", ylim=(0, None))
+right.legend(fontsize=8)
+assert grouped.var(0).sum() < 0.6 * raw.var(0).sum()
+
+# %% [markdown]
+# An answer of a language model is a chain of choices, its log-probability the sum over its tokens. So the loss is a
+# cross entropy with a weight, the *advantage*, that may be negative. What the model did not choose has no part in it:
+# the prompt, and what the calculator put into the stream. All tokens of a step count the same, long answer or short.
+#
+# No KL term, no clipping, no division by the standard deviation: with one update per batch of fresh answers, none is
+# needed.
+
+# %%
 #| export
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Rewards of a question's answers (…, samples) minus their mean: what an answer earned above its siblings."""
@@ -51,6 +130,18 @@ def policy_gradient_loss(logp: torch.Tensor, advantages: torch.Tensor, mask: tor
     """
     total = (logp * mask * advantages[:, None]).sum()
     return -total / (mask.sum().clamp_min(1) if tokens is None else max(tokens, 1))
+
+# %%
+logp = torch.randn(4, 5, requires_grad=True)
+mask = torch.tensor([[1, 1, 0, 0, 1]] * 4)  # two tokens in the middle came from a tool
+policy_gradient_loss(logp, group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0])), mask).backward()
+print(logp.grad.mul(24).int().tolist())  # in units of 1/24: the loss falls where an advantage is positive
+
+# %% [markdown]
+# ## Trying
+#
+# A step takes some questions and tries every one several times, all in one batch of the engine (lesson 08). Which
+# questions a step gets follows from its number alone, so that a resumed run goes on as if nothing had happened.
 
 # %%
 #| export
@@ -96,6 +187,13 @@ def roll_out(engine: Engine, task: Task, numbers: list[int], **sampling: Any) ->
         rewards = [float(task.reward(conversation, text)) for text in texts]
         questions.append(Question(number, prompt, conversation, answers, texts, rewards))
     return questions
+
+# %% [markdown]
+# ## Learning from what was tried
+#
+# If all answers to a question are right, or all wrong, every advantage is zero: such questions carry no gradient, and
+# we skip their forward and backward pass. Equal answers are common in small groups: they become one row with the sum
+# of their advantages. Both change the work, not the result.
 
 # %%
 #| export
@@ -178,6 +276,10 @@ def learn(model: GPT, rows: list[Row], tokens: float, most: int, scale: float = 
         loss += part.item()
     return loss
 
+# %% [markdown]
+# What to watch: reward, of course; entropy, which falls as the policy makes up its mind, and at zero nothing new is
+# tried; length; tool use; and the answers themselves, since a reward is often earned in ways nobody meant.
+
 # %%
 #| export
 def statistics(questions: list[Question], tool: int) -> dict[str, float]:
@@ -205,6 +307,95 @@ def readable(step: int, question: Question) -> dict[str, Any]:
             "mean_reward": sum(question.rewards) / len(question.rewards),
             "answers": [{"count": count, "reward": reward, "advantage": round(advantage, 4), "text": text}
                         for (text, reward, advantage), count in counts.most_common()]}
+
+# %% [markdown]
+# ## Better than the teachers
+#
+# All of it on a task small enough for this page: sums of two digits, taught by teachers who err in four sums of ten.
+# A small GPT first imitates them, as in lesson 09.
+
+# %%
+class Sums:
+    """100 sums; a demonstration is wrong by one with chance 0.4."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, number):
+        return conversation_of(f"{number // 10}+{number % 10}", str(number // 10 + number % 10))
+
+    def taught(self, number, dice):
+        error = dice.choice([-1, 1]) if dice.random() < 0.4 else 0
+        return conversation_of(f"{number // 10}+{number % 10}", str(max(number // 10 + number % 10 + error, 0)))
+
+    def reward(self, conversation, answer):
+        return float(answer == conversation["messages"][-1]["content"])
+
+
+task, dice = Sums(), random.Random(0)
+tokenizer = Tokenizer.train_from_iterator(iter(["1+2"] * 9), 265)
+torch.manual_seed(0)
+policy = build_model(GPTConfig(sequence_len=16, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=64), "cpu")
+optimizer = policy.setup_optimizer(unembedding_lr=0.004, embedding_lr=0.1, scalar_lr=0.1)
+STEPS = 150
+for step in range(STEPS):
+    pairs = [tokenizer.render_conversation(task.taught(number, dice)) for number in dice.sample(range(100), 64)]
+    rows = [Row(tuple(ids), tuple(mask), 1.0) for ids, mask in pairs]  # imitation: the same loss, every advantage 1
+    learn(policy, rows, sum(sum(row.mask) for row in rows), most=4096)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * min(1, 2 * (1 - step / STEPS))
+    optimizer.step()
+    optimizer.zero_grad()
+
+# %% [markdown]
+# Now it practises: 32 questions a step, 16 tries each, told only which were right.
+
+# %%
+engine, rewards, kept = Engine(policy, tokenizer), [], {}
+optimizer = policy.setup_optimizer(unembedding_lr=0.004, embedding_lr=0.1, matrix_lr=0.06, scalar_lr=0.02)
+STEPS = 25
+for step in range(STEPS + 1):
+    questions = roll_out(engine, task, questions_of_step(step, 32, 100), num_samples=16, max_tokens=4, seed=step)
+    sums = statistics(questions, engine.python_start)
+    rewards.append(sums["reward"] / sums["answers"])
+    if step in (0, 8, STEPS):
+        [kept[step]] = roll_out(engine, task, [78], num_samples=16, max_tokens=4, seed=0)  # 7 + 8
+    learn(policy, rows_of(questions), sums["trained"], most=4096)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (1 - step / STEPS)
+    optimizer.step()
+    optimizer.zero_grad()
+
+figure, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
+ax.plot(rewards, label="the model")
+ax.axhline(0.6, color="0.5", linestyle="--", label="its teachers")
+ax.set(xlabel="step of reinforcement learning", ylabel="part of right answers", ylim=(0, 1.02))
+ax.legend()
+assert rewards[0] < 0.75 and sum(rewards[-3:]) / 3 > 0.85
+
+# %% [markdown]
+# It began as good as its teachers and left them behind. Nothing told it a right answer; it had to say it first, if
+# only one time in ten. What a model never says cannot be reinforced, which is why chat models are taught before they
+# practise.
+#
+# Sixteen tries at 7+8 before, during and after, each with its advantage:
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(10, 1.9), layout="constrained")
+for ax, (step, question) in zip(axes, kept.items()):
+    for place, (text, advantage) in enumerate(sorted(zip(question.texts, question.advantages))):
+        box = dict(facecolor=plt.cm.RdYlGn(0.5 + advantage / 2), edgecolor="none")
+        ax.text(place % 8, 1 - place // 8, text, ha="center", va="center", bbox=box)
+    ax.set(xlim=(-0.7, 7.7), ylim=(-0.6, 1.6), title=f"step {step}: mean reward {sum(question.rewards) / 16:.2f}")
+    ax.axis("off")
+
+# %% [markdown]
+# ## The command
+#
+# `chat_rl` is this loop with settings, evaluation and checkpoints. It starts from the chat model of lesson 09 and
+# practises GSM8K, or the world's word problems. Rates are a twentieth of pretraining's: the model is to be nudged,
+# not taught anew. Several ranks share the questions of a step; the divisor is the number of trained tokens of all of
+# them.
 
 # %%
 #| export scripts/chat_rl
@@ -349,15 +540,15 @@ class Run:
         sums, rolled = self.sums(questions), time.perf_counter()
         multiplier = settings.init_lr_frac * (1 - self.step / self.steps)
         rows, loss = rows_of(questions), 0.0
-        if sums["all_right"] + sums["all_wrong"] < sums["questions"]:  # else no gradient, and Muon would step on momentum
+        if sums["all_right"] + sums["all_wrong"] < sums["questions"]:  # else Muon would step on old momentum alone
             most = settings.device_batch_size * self.model.config.sequence_len
             loss = learn(self.model, rows, sums["trained"], most, self.runtime.world_size, settings.temperature)
             check_loss(loss, self.step, self.optimizer, self.directory)
             set_rates(self.optimizer, multiplier)
             self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
-        self.note(questions, sums, dict(loss=loss, lr=multiplier, rows=len(rows), rollout_seconds=round(rolled - began, 3),
-                                        train_seconds=round(time.perf_counter() - rolled, 3)))
+        seconds = dict(rollout_seconds=round(rolled - began, 3), train_seconds=round(time.perf_counter() - rolled, 3))
+        self.note(questions, sums, dict(loss=loss, lr=multiplier, rows=len(rows), **seconds))
         self.step += 1
         return self.curve[-1]
 
@@ -370,8 +561,9 @@ class Run:
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in part)
         self.curve.append(sums["reward"] / sums["answers"])
         means = {name: sums[name] / sums["answers"] for name in ("length", "cut", "tool_use")}
-        self.metrics.log(step=self.step, reward=self.curve[-1], entropy=sums["surprise"] / max(sums["sampled"], 1), **means,
-                         questions=sums["questions"], all_right=sums["all_right"], all_wrong=sums["all_wrong"], **more)
+        entropy = sums["surprise"] / max(sums["sampled"], 1)  # nats per token, estimated by the tokens drawn
+        self.metrics.log(step=self.step, reward=self.curve[-1], entropy=entropy, questions=sums["questions"],
+                         all_right=sums["all_right"], all_wrong=sums["all_wrong"], **means, **more)
 
     def evaluate(self) -> None:
         """pass@1 … pass@8 on the test questions."""
@@ -381,7 +573,8 @@ class Run:
         curve = [sum(pass_at_k(EVAL_SAMPLES, n, k) for n in right) / len(right) for k in range(1, EVAL_SAMPLES + 1)]
         self.evaluations.append({"step": self.step, "pass_at_k": curve})
         self.metrics.log(step=self.step, pass_at_k=curve)
-        print0(f"step {self.step:5}/{self.steps}: pass@1 {curve[0]:.3f}, pass@8 {curve[-1]:.3f} on {len(right)} test questions")
+        print0(f"step {self.step:5}/{self.steps}: pass@1 {curve[0]:.3f}, pass@{EVAL_SAMPLES} {curve[-1]:.3f} "
+               f"on {len(right)} test questions")
 
     def save(self) -> None:
         if self.step in steps_in(self.directory):
@@ -393,8 +586,9 @@ class Run:
     def report(self) -> None:
         """What the run measured: the reward of its first and last steps (up to five), and of every step."""
         few = min(5, len(self.curve))
-        write_result("rl", reward_start=sum(self.curve[:few]) / max(few, 1), reward=sum(self.curve[-few:]) / max(few, 1),
-                     steps=self.steps, curve=self.curve, evaluations=self.evaluations, task=self.settings.task)
+        first, last = (sum(part) / max(few, 1) for part in (self.curve[:few], self.curve[len(self.curve) - few:]))
+        write_result("rl", reward_start=first, reward=last, steps=self.steps, curve=self.curve,
+                     evaluations=self.evaluations, task=self.settings.task)
 
 # %%
 #| export scripts/chat_rl
@@ -419,5 +613,46 @@ def chat_rl(settings: ChatRL) -> None:
     run.metrics.close()
     run.report()
     if not any(run.curve):
-        print0("no answer was ever right, so there was nothing to learn from: fine-tune longer, or practise an easier task")
+        print0("no answer ever earned anything, so there was nothing to learn from: fine-tune longer first, or "
+               "practise an easier task")
     print0(f"reward by step: {' '.join(f'{reward:.2f}' for reward in run.curve)}: {run.directory}")
+
+# %% [markdown]
+# ## What your own run did
+#
+# Every step of `chat_rl` leaves its numbers in `metrics.jsonl` and its answers in `rollouts.jsonl`. Here are those of
+# the run under your base directory. (The tour's model is too small to be right even once, and so it learns nothing;
+# the laptop preset's is not.)
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+from nanochat_lib.course.models import ready
+
+ready("rl")
+folder, _ = find_checkpoint("rl")
+events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+events = [event for event in events if "reward" in event]
+figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), layout="constrained")
+for ax, (name, label) in zip(axes, {"reward": "mean reward", "entropy": "entropy (nats per token)",
+                                    "length": "length of an answer (tokens)"}.items()):
+    ax.plot([event["step"] for event in events], [event[name] for event in events])
+    ax.set(xlabel="step", ylabel=label)
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+tries = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+question = max(tries, key=lambda line: 0 < line["mean_reward"] < 1)  # one that was decided neither way
+print(f"step {question['step']}: {question['question']}")
+for answer in question["answers"][:4]:
+    print(f"\n{answer['count']} times, advantage {answer['advantage']:+.2f}: {answer['text'][:300]}")
+
+# %% [markdown]
+# ## Exercises
+#
+# In [10_rl](../exercises/10_rl.ipynb):
+# 1. `group_advantages`: better or worse than one's siblings.
+# 2. `policy_gradient_loss`: the whole of REINFORCE in two lines.
+# 3. `pass_at_k`: the chance that one of k tries is right, without bias.
+# 4. Explore: what is the best constant baseline?
+#
+# **Next:** [11 · The full run](11_full_run.ipynb)

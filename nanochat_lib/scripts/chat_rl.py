@@ -137,15 +137,15 @@ class Run:
         sums, rolled = self.sums(questions), time.perf_counter()
         multiplier = settings.init_lr_frac * (1 - self.step / self.steps)
         rows, loss = rows_of(questions), 0.0
-        if sums["all_right"] + sums["all_wrong"] < sums["questions"]:  # else no gradient, and Muon would step on momentum
+        if sums["all_right"] + sums["all_wrong"] < sums["questions"]:  # else Muon would step on old momentum alone
             most = settings.device_batch_size * self.model.config.sequence_len
             loss = learn(self.model, rows, sums["trained"], most, self.runtime.world_size, settings.temperature)
             check_loss(loss, self.step, self.optimizer, self.directory)
             set_rates(self.optimizer, multiplier)
             self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
-        self.note(questions, sums, dict(loss=loss, lr=multiplier, rows=len(rows), rollout_seconds=round(rolled - began, 3),
-                                        train_seconds=round(time.perf_counter() - rolled, 3)))
+        seconds = dict(rollout_seconds=round(rolled - began, 3), train_seconds=round(time.perf_counter() - rolled, 3))
+        self.note(questions, sums, dict(loss=loss, lr=multiplier, rows=len(rows), **seconds))
         self.step += 1
         return self.curve[-1]
 
@@ -158,8 +158,9 @@ class Run:
                     file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in part)
         self.curve.append(sums["reward"] / sums["answers"])
         means = {name: sums[name] / sums["answers"] for name in ("length", "cut", "tool_use")}
-        self.metrics.log(step=self.step, reward=self.curve[-1], entropy=sums["surprise"] / max(sums["sampled"], 1), **means,
-                         questions=sums["questions"], all_right=sums["all_right"], all_wrong=sums["all_wrong"], **more)
+        entropy = sums["surprise"] / max(sums["sampled"], 1)  # nats per token, estimated by the tokens drawn
+        self.metrics.log(step=self.step, reward=self.curve[-1], entropy=entropy, questions=sums["questions"],
+                         all_right=sums["all_right"], all_wrong=sums["all_wrong"], **means, **more)
 
     def evaluate(self) -> None:
         """pass@1 … pass@8 on the test questions."""
@@ -169,7 +170,8 @@ class Run:
         curve = [sum(pass_at_k(EVAL_SAMPLES, n, k) for n in right) / len(right) for k in range(1, EVAL_SAMPLES + 1)]
         self.evaluations.append({"step": self.step, "pass_at_k": curve})
         self.metrics.log(step=self.step, pass_at_k=curve)
-        print0(f"step {self.step:5}/{self.steps}: pass@1 {curve[0]:.3f}, pass@8 {curve[-1]:.3f} on {len(right)} test questions")
+        print0(f"step {self.step:5}/{self.steps}: pass@1 {curve[0]:.3f}, pass@{EVAL_SAMPLES} {curve[-1]:.3f} "
+               f"on {len(right)} test questions")
 
     def save(self) -> None:
         if self.step in steps_in(self.directory):
@@ -181,8 +183,9 @@ class Run:
     def report(self) -> None:
         """What the run measured: the reward of its first and last steps (up to five), and of every step."""
         few = min(5, len(self.curve))
-        write_result("rl", reward_start=sum(self.curve[:few]) / max(few, 1), reward=sum(self.curve[-few:]) / max(few, 1),
-                     steps=self.steps, curve=self.curve, evaluations=self.evaluations, task=self.settings.task)
+        first, last = (sum(part) / max(few, 1) for part in (self.curve[:few], self.curve[len(self.curve) - few:]))
+        write_result("rl", reward_start=first, reward=last, steps=self.steps, curve=self.curve,
+                     evaluations=self.evaluations, task=self.settings.task)
 
 
 def chat_rl(settings: ChatRL) -> None:
@@ -205,7 +208,8 @@ def chat_rl(settings: ChatRL) -> None:
     run.metrics.close()
     run.report()
     if not any(run.curve):
-        print0("no answer was ever right, so there was nothing to learn from: fine-tune longer, or practise an easier task")
+        print0("no answer ever earned anything, so there was nothing to learn from: fine-tune longer first, or "
+               "practise an easier task")
     print0(f"reward by step: {' '.join(f'{reward:.2f}' for reward in run.curve)}: {run.directory}")
 
 
