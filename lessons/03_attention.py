@@ -207,10 +207,10 @@ print("T = 8192:", {name: f"{traffic(8192, **settings) / 2**20:.0f} MiB" for nam
 # with numpy, slowly; it must be set before a kernel is decorated.
 
 # %%
-HAVE_TRITON = importlib.util.find_spec("triton") is not None
+triton_here = importlib.util.find_spec("triton") is not None
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-if not HAVE_TRITON:  # macOS, Windows: read the kernel here, run it elsewhere
+if not triton_here:  # macOS, Windows: read the kernel here, run it elsewhere
     from unittest.mock import MagicMock
 
     sys.modules.update({"triton": MagicMock(), "triton.language": MagicMock()})
@@ -352,7 +352,7 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: i
 # weight of zero would not have saved us (0 · NaN is NaN).
 
 # %%
-if HAVE_TRITON:
+if triton_here:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = (torch.randn(1, 301, heads, 32, device=device) for heads in (4, 2, 2))
     for window in (None, 0, 70):
@@ -363,7 +363,7 @@ if HAVE_TRITON:
     assert result[:, 256:].isfinite().all()  # the last block starts at 256 and sees keys from 216 on
 
 # %%
-if not HAVE_TRITON:
+if not triton_here:
     del sys.modules["triton"], sys.modules["triton.language"]
 
 # %% [markdown]
@@ -470,6 +470,7 @@ class BandAttention(torch.autograd.Function):
 #| export
 CHOICES = ("reference", "sdpa", "flex", "triton")
 FAILED: set[str] = set()  # ways that raised on this machine
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -487,14 +488,19 @@ def wanted() -> str:
     return name
 
 
+@torch.compiler.assume_constant_result
+def on_ampere() -> bool:
+    """Whether the GPU in use is of compute capability 8.0 or later."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
 def lacks(way: str, q: torch.Tensor) -> str:
     """Why `way` ("flex" or "triton") cannot serve q here; "" if it can."""
     if way in FAILED:
         return "it failed before"
-    if importlib.util.find_spec("triton") is None:
+    if not HAVE_TRITON:
         return "Triton is not installed"
-    on_gpu = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if not on_gpu and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
+    if not (q.is_cuda and on_ampere()) and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
         return "it needs a CUDA GPU of compute capability 8.0 or later"
     if q.size(3) not in (32, 64, 128):
         return f"head dimension {q.size(3)} is none of 32, 64, 128"
@@ -520,13 +526,15 @@ def backend(q: torch.Tensor, window: int | None = None) -> str:
     if full:
         return "sdpa"
     if q.device.type == "cpu":
+        if want == "sdpa" or torch.compiler.is_compiling() or q.dtype not in (torch.float32, torch.float64):
+            return "blocks"
         kept = B * H * T * (window + BandAttention.BLOCK) * q.element_size()
-        band = T > 2 * window and q.dtype in (torch.float32, torch.float64) and kept <= 1 << 28
-        return "band" if band and want != "sdpa" and not torch.compiler.is_compiling() else "blocks"
+        return "band" if T > 2 * window and kept <= 1 << 28 else "blocks"
     if want == "sdpa" or q.device.type != "cuda":
         return "sdpa"
     training = (torch.is_grad_enabled() and q.requires_grad) or torch.compiler.is_compiling()
-    return next((way for way in ("flex",) * training + ("triton",) * (not training) if not lacks(way, q)), "sdpa")
+    way = "flex" if training else "triton"
+    return "sdpa" if lacks(way, q) else way
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -611,7 +619,7 @@ for window in (None, 300, 64, 0):
 def seconds(window, T):
     q, k, v = (torch.randn(1, T, 4, 64, requires_grad=True) for _ in range(3))
     times = []
-    for _ in range(4):
+    for _ in range(3):
         begin = time.perf_counter()
         attention(q, k, v, window).sum().backward()
         times.append(time.perf_counter() - begin)

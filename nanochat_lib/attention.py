@@ -117,6 +117,7 @@ class BandAttention(torch.autograd.Function):
 
 CHOICES = ("reference", "sdpa", "flex", "triton")
 FAILED: set[str] = set()  # ways that raised on this machine
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -134,14 +135,19 @@ def wanted() -> str:
     return name
 
 
+@torch.compiler.assume_constant_result
+def on_ampere() -> bool:
+    """Whether the GPU in use is of compute capability 8.0 or later."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
 def lacks(way: str, q: torch.Tensor) -> str:
     """Why `way` ("flex" or "triton") cannot serve q here; "" if it can."""
     if way in FAILED:
         return "it failed before"
-    if importlib.util.find_spec("triton") is None:
+    if not HAVE_TRITON:
         return "Triton is not installed"
-    on_gpu = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if not on_gpu and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
+    if not (q.is_cuda and on_ampere()) and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
         return "it needs a CUDA GPU of compute capability 8.0 or later"
     if q.size(3) not in (32, 64, 128):
         return f"head dimension {q.size(3)} is none of 32, 64, 128"
@@ -166,13 +172,15 @@ def backend(q: torch.Tensor, window: int | None = None) -> str:
     if full:
         return "sdpa"
     if q.device.type == "cpu":
+        if want == "sdpa" or torch.compiler.is_compiling() or q.dtype not in (torch.float32, torch.float64):
+            return "blocks"
         kept = B * H * T * (window + BandAttention.BLOCK) * q.element_size()
-        band = T > 2 * window and q.dtype in (torch.float32, torch.float64) and kept <= 1 << 28
-        return "band" if band and want != "sdpa" and not torch.compiler.is_compiling() else "blocks"
+        return "band" if T > 2 * window and kept <= 1 << 28 else "blocks"
     if want == "sdpa" or q.device.type != "cuda":
         return "sdpa"
     training = (torch.is_grad_enabled() and q.requires_grad) or torch.compiler.is_compiling()
-    return next((way for way in ("flex",) * training + ("triton",) * (not training) if not lacks(way, q)), "sdpa")
+    way = "flex" if training else "triton"
+    return "sdpa" if lacks(way, q) else way
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:

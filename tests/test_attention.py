@@ -162,6 +162,15 @@ def test_torch_compile_takes_it_whole(window):
     close(compiled(q, k, v), slow(q, k, v, window)[0], 1e-5)
 
 
+def test_torch_compile_takes_flex_whole(monkeypatch):
+    monkeypatch.setattr(module, "backend", lambda q, window=None: "flex")
+    monkeypatch.setattr(module, "FAILED", set())
+    q, k, v = inputs(1, 200, 4, 2, 32)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, 50), backend="eager", fullgraph=True)
+    close(compiled(q, k, v), slow(q, k, v, 50)[0], 1e-5)
+    assert not module.FAILED
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_cache_against_full_attention(data):
@@ -186,7 +195,8 @@ def test_fresh_prompt_takes_the_plain_way():
     q, k, v = inputs(2, 50, 4, 2, 32)
     room = [torch.cat([x, torch.full_like(x, torch.nan)], dim=1) for x in (k, v)]
     for window in (None, 7):
-        assert torch.equal(cached_attention(q, *room, torch.zeros(2, dtype=torch.int64), window), attention(q, k, v, window))
+        fresh = cached_attention(q, *room, torch.zeros(2, dtype=torch.int64), window)
+        assert torch.equal(fresh, attention(q, k, v, window))
 
 
 def interpreted(code, **env):
@@ -259,7 +269,8 @@ def test_kernel_compiles_for_sm90_without_a_gpu(dtype, head_dim, tmp_path):
         constants = {{"D": {head_dim}, **sizes}}
         pointer = "*" + {{"bfloat16": "bf16", "float32": "fp32"}}["{dtype}"]
         kinds = {{**dict.fromkeys(("q", "k", "v", "out"), pointer), "lse": "*fp32", "scale": "fp32"}}
-        signature = {{name: "constexpr" if name in constants else kinds.get(name, "i32") for name in forward_kernel.arg_names}}
+        kinds.update(dict.fromkeys(constants, "constexpr"))
+        signature = {{name: kinds.get(name, "i32") for name in forward_kernel.arg_names}}
         compiled = compile(ASTSource(forward_kernel, signature, constants), GPUTarget("cuda", 90, 32), options)
         assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
         assert ".target sm_90" in compiled.asm["ptx"]
