@@ -334,6 +334,18 @@ def test_compiled_formulas_agree(make_model, monkeypatch):
         assert torch.allclose(gradient, results[1][1][name], rtol=1e-3, atol=1e-5), name
 
 
+def test_a_compiler_takes_the_whole_model(make_model):
+    model, ids = make_model(n_layer=2), ids_of(2, 20)
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    compiled = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    plain = model(ids[:, :-1], ids[:, 1:])
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    assert torch.allclose(compiled, model.lm_head.weight.grad, atol=1e-5)
+
+
 def test_the_fused_loss_holds_one_copy_of_the_logits():
     from nanochat_lib.fused import softcap_cross_entropy
 
