@@ -712,4 +712,4 @@ except NanochatError as error:
 # 3. **SquaredRelu**: a formula with its gradient by hand.
 # 4. **parameters_by_depth**: what grows when only the depth is turned.
 #
-# **Next:** [05 · How weights learn](05_optimizer.ipynb)
+# **Next:** [05 · The optimizer](05_optimizer.ipynb)
