@@ -173,19 +173,31 @@ assert cache.lengths.tolist() == [6, 9] and torch.allclose(logits, expected, ato
 # contexts are the ways to shrink it. Change the numbers:
 
 # %%
-def show_cost(depth=12, kv_heads=6, context=2048, rows=32):
-    config = GPTConfig(context, 32768, depth, 12, kv_heads, 12 * 128)
-    print(f"{cache_bytes(config, rows, context, bytes_per_number=2) / 1e9:.2f} GB in bfloat16")
+def gigabytes(depth=12, kv_heads=6, context=2048, rows=32):
+    """Cache of a model of 12 heads of 128 channels, in bfloat16."""
+    return cache_bytes(GPTConfig(context, 32768, depth, 12, kv_heads, 12 * 128), rows, context, bytes_per_number=2) / 1e9
 
 
-show_cost()
-show_cost(kv_heads=1)
+print(f"6 kv heads: {gigabytes():.2f} GB, 1 kv head: {gigabytes(kv_heads=1):.2f} GB")
 
 # %%
 # NBVAL_IGNORE_OUTPUT
-from ipywidgets import interact
+import ipywidgets as widgets
 
-_ = interact(show_cost, depth=(4, 32, 4), kv_heads=[1, 2, 3, 4, 6, 12], context=[512, 1024, 2048, 4096, 8192], rows=(1, 256))
+dials = {"depth": widgets.IntSlider(12, 4, 32, 4), "kv_heads": widgets.SelectionSlider(options=[1, 2, 3, 4, 6, 12], value=6),
+         "context": widgets.SelectionSlider(options=[512, 1024, 2048, 4096, 8192], value=2048), "rows": widgets.IntSlider(32, 1, 256)}
+result = widgets.HTML()
+
+
+def update(change=None):
+    result.value = f"<b>{gigabytes(**{name: dial.value for name, dial in dials.items()}):.2f} GB</b>"
+
+
+for name, dial in dials.items():
+    dial.description = name
+    dial.observe(update, "value")
+update()
+widgets.VBox([*dials.values(), result])
 
 # %% [markdown]
 # ## From logits to a token

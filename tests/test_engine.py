@@ -43,11 +43,30 @@ def test_same_tokens_as_recomputing(make_model, tokenizer, changes, rows):
         assert (answer.tokens, answer.finish_reason) == naive(engine, prompt, 20)
 
 
-def test_same_tokens_where_windows_cut(make_model, tokenizer):
+@pytest.mark.parametrize("rows", [1, 4])
+def test_same_tokens_where_windows_cut(make_model, tokenizer, rows):
     engine = Engine(make_model(seed=2, sequence_len=256, window_pattern="SL"), tokenizer)
     prompts = prompts_of([1, 120, 140, 250])
-    for prompt, [answer] in zip(prompts, engine.generate_many(prompts, max_tokens=24, temperature=0.0)):
+    for prompt, [answer] in zip(prompts, engine.generate_many(prompts, max_tokens=24, temperature=0.0, rows=rows)):
         assert (answer.tokens, answer.finish_reason) == naive(engine, prompt, 24)
+
+
+def test_one_row_sees_weights_that_change(make_model, tokenizer):
+    engine = Engine(make_model(seed=3), tokenizer)
+    [prompt] = prompts_of([7])
+    before = engine.generate_many([prompt], max_tokens=12, temperature=0.0)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.add_(0.1)
+    [[after]] = engine.generate_many([prompt], max_tokens=12, temperature=0.0)
+    assert (after.tokens, after.finish_reason) == naive(engine, prompt, 12) and [[after]] != before
+
+
+def test_bfloat16_models_generate(make_model, tokenizer, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    engine = Engine(make_model(), tokenizer)
+    [[answer]] = engine.generate_many(prompts_of([5]), max_tokens=6)
+    assert engine.numpy_step is None and answer.finish_reason in ("stop", "length")
 
 
 def tokens_of(answers):
