@@ -47,7 +47,7 @@ def problems(split: str, data: str, steps: tuple[int, ...] = (1, 2)) -> Task:
 def letters(split: str, data: str) -> Task:
     """Counting letters: 3,000 questions on the training words, 200 on words that were never counted."""
     words = [row["word"] for row in world_rows(f"words_{split}", data)]
-    return SpellingBee(bee_rows(words, *((200, 1) if split == "test" else (3000, 0)), QUESTIONS[:2]))
+    return SpellingBee(bee_rows(words, *((200, 1) if split == "test" else (3000, 0)), QUESTIONS[:1]))
 
 
 WORLD = {  # name → task of (split, data)
