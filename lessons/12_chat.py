@@ -299,7 +299,7 @@ from nanochat_lib.course.models import ready
 
 ready("rl")
 session = ChatSession(ChatModel.load(), Sampling(temperature=0, max_tokens=96))
-question = "Hello! Who are you?"
+question = "Who are you?"
 print("you   ", question)
 answer = session.send(question, lambda piece: print(piece.text, end=""))
 print(f"\n\n{answer.tokens} tokens, {answer.finish_reason}")
@@ -466,7 +466,7 @@ class ChatBox:
 from nanochat_lib.chat_box import ChatBox
 
 box = ChatBox(session)
-box.entry.value = "What is 17 + 25?"
+box.entry.value = "Walt has 26 apples and finds 28 more. He shares them among 6 friends. How many apples does each get?"
 box.send()
 box.thread.join()
 box
@@ -1118,7 +1118,8 @@ threading.Thread(target=server.run, daemon=True).start()
 while not server.started:
     time.sleep(0.05)
 
-body = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "stream": True, "max_tokens": 48}
+question = "Lena buys 5 eggs for 4 pence each and a hat for 20 pence. How many pence does Lena pay?"
+body = {"messages": [{"role": "user", "content": question}], "stream": True, "max_tokens": 64}
 web_request = WebRequest(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
                          {"Content-Type": "application/json"})
 with urlopen(web_request) as stream:
