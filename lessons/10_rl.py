@@ -316,17 +316,20 @@ def readable(step: int, question: Question) -> dict[str, Any]:
 
 # %%
 class Sums:
-    """100 sums; a demonstration is wrong by one with chance 0.4."""
+    """36 sums of digits up to 5; a demonstration is wrong by one with chance 0.4."""
 
     def __len__(self):
-        return 100
+        return 36
 
     def __getitem__(self, number):
-        return conversation_of(f"{number // 10}+{number % 10}", str(number // 10 + number % 10))
+        return self.said(number, 0)
+
+    def said(self, number, error):
+        a, b = divmod(number, 6)
+        return conversation_of(f"{a}+{b}", str(a + b + error))
 
     def taught(self, number, dice):
-        error = dice.choice([-1, 1]) if dice.random() < 0.4 else 0
-        return conversation_of(f"{number // 10}+{number % 10}", str(max(number // 10 + number % 10 + error, 0)))
+        return self.said(number, dice.choice([-1, 1]) if dice.random() < 0.4 else 0)
 
     def reward(self, conversation, answer):
         return float(answer == conversation["messages"][-1]["content"])
@@ -337,9 +340,9 @@ tokenizer = Tokenizer.train_from_iterator(iter(["1+2"] * 9), 265)
 torch.manual_seed(0)
 policy = build_model(GPTConfig(sequence_len=16, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=64), "cpu")
 optimizer = policy.setup_optimizer(unembedding_lr=0.004, embedding_lr=0.1, scalar_lr=0.1)
-STEPS = 150
+STEPS = 120
 for step in range(STEPS):
-    pairs = [tokenizer.render_conversation(task.taught(number, dice)) for number in dice.sample(range(100), 64)]
+    pairs = [tokenizer.render_conversation(task.taught(number, dice)) for number in dice.choices(range(36), k=64)]
     rows = [Row(tuple(ids), tuple(mask), 1.0) for ids, mask in pairs]  # imitation: the same loss, every advantage 1
     learn(policy, rows, sum(sum(row.mask) for row in rows), most=4096)
     for group in optimizer.param_groups:
@@ -348,18 +351,18 @@ for step in range(STEPS):
     optimizer.zero_grad()
 
 # %% [markdown]
-# Now it practises: 32 questions a step, 16 tries each, told only which were right.
+# Now it practises: all 36 questions each step, 16 tries each, told only which were right.
 
 # %%
 engine, rewards, kept = Engine(policy, tokenizer), [], {}
-optimizer = policy.setup_optimizer(unembedding_lr=0.004, embedding_lr=0.1, matrix_lr=0.06, scalar_lr=0.02)
+optimizer = policy.setup_optimizer(unembedding_lr=0.002, embedding_lr=0.02, matrix_lr=0.03, scalar_lr=0.005)
 STEPS = 25
 for step in range(STEPS + 1):
-    questions = roll_out(engine, task, questions_of_step(step, 32, 100), num_samples=16, max_tokens=4, seed=step)
+    questions = roll_out(engine, task, questions_of_step(step, 36, 36), num_samples=16, max_tokens=4, seed=step)
     sums = statistics(questions, engine.python_start)
     rewards.append(sums["reward"] / sums["answers"])
     if step in (0, 8, STEPS):
-        [kept[step]] = roll_out(engine, task, [78], num_samples=16, max_tokens=4, seed=0)  # 7 + 8
+        [kept[step]] = roll_out(engine, task, [29], num_samples=16, max_tokens=4, seed=0)  # 4 + 5
     learn(policy, rows_of(questions), sums["trained"], most=4096)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * (1 - step / STEPS)
@@ -371,14 +374,14 @@ ax.plot(rewards, label="the model")
 ax.axhline(0.6, color="0.5", linestyle="--", label="its teachers")
 ax.set(xlabel="step of reinforcement learning", ylabel="part of right answers", ylim=(0, 1.02))
 ax.legend()
-assert rewards[0] < 0.75 and sum(rewards[-3:]) / 3 > 0.85
+assert rewards[0] < 0.72 and sum(rewards[-3:]) / 3 > 0.76
 
 # %% [markdown]
 # It began as good as its teachers and left them behind. Nothing told it a right answer; it had to say it first, if
 # only one time in ten. What a model never says cannot be reinforced, which is why chat models are taught before they
 # practise.
 #
-# Sixteen tries at 7+8 before, during and after, each with its advantage:
+# Sixteen tries at 4+5 before, during and after, each with its advantage:
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(10, 1.9), layout="constrained")

@@ -16,8 +16,8 @@ def group_advantages(answer):
     expect_shape(got, (2, 4))
     expect(bool(got[1].eq(0).all()), "Four right answers to one question: all their advantages are 0. Take the mean of "
            "each question's own answers, not of all.")
-    expect_close(got[0], torch.tensor([0.5, -0.5, -0.5, 0.5]), "Two of four right: the mean is 0.5. Subtract it, and do "
-                 "not divide by the standard deviation.")
+    expect_close(got[0], torch.tensor([0.5, -0.5, -0.5, 0.5]), "Two of four right: the mean is 0.5. Subtract it, and "
+                 "do not divide by the standard deviation.")
     expect(torch.equal(rewards[0], torch.tensor([1.0, 0.0, 0.0, 1.0])), "The rewards were changed: make a new tensor.")
     expect_close(answer(torch.tensor([0.25, 0.75])), torch.tensor([-0.25, 0.25]), "One group alone, shape (samples,).")
     many = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0))
@@ -41,8 +41,8 @@ def policy_gradient_loss(answer):
            "Tokens with mask 0 (prompt, tool output) have a gradient; it must be 0.")
     expect(bool((gradient[0, 1:] < 0).all()),
            "Descending this loss would make the better answer less likely: the sign is wrong.")
-    expect_close(gradient, -mask * advantages[:, None] / 3, "Each chosen token's gradient is −advantage / 3, the number "
-                 "of chosen tokens in the batch: divide once, not row by row, and not by B·T.")
+    expect_close(gradient, -mask * advantages[:, None] / 3, "Each chosen token's gradient is −advantage / 3, the "
+                 "number of chosen tokens in the batch: divide once, not row by row, and not by B·T.")
     expect_close(loss, torch.tensor(5 / 3), "The sum is −(2·(−2) + 2·(−3) − 1·(−5)) = 5, over 3 tokens.")
     empty = answer(logp, advantages, torch.zeros(2, 3, dtype=torch.int64))
     expect_close(empty, torch.tensor(0.0), "Without a chosen token the loss is 0, not nan: divide by at least 1.")
