@@ -447,7 +447,7 @@ class Recipe:
         """The recipe in words, with what it would take on eight H100s (an estimate: at 45 % of their peak)."""
         hours = self.flops / (8 * H100_FLOPS * ASSUMED_MFU) / 3600
         config = self.config
-        return {
+        words = {
             "model": f"depth {self.depth}, width {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
                      f"context {config.sequence_len}, vocabulary {config.vocab_size:,}",
             "parameters": f"{self.parameters:,} ({self.scaling_params:,} in matrices and lm_head)",
@@ -455,9 +455,11 @@ class Recipe:
                       f"({self.tokens / self.scaling_params:.1f} per scaling parameter)",
             "FLOPs": f"{self.flops:.2e} ({self.flops_per_token:.2e} a token)",
             "rates": f"× {self.learning_rate_scale:.3f}, weight decay {self.weight_decay:.4f}",
-            "on 8×H100": f"about {hours:.2f} h, {hours * 8 * DOLLARS_PER_GPU_HOUR:.2f} dollars at "
-                         f"{DOLLARS_PER_GPU_HOUR:.0f} a GPU hour and {ASSUMED_MFU:.0%} of peak",
         }
+        if hours >= 0.01:
+            words["on 8×H100"] = (f"about {hours:.2f} h, {hours * 8 * DOLLARS_PER_GPU_HOUR:.2f} dollars at "
+                                  f"{DOLLARS_PER_GPU_HOUR:.0f} a GPU hour and {ASSUMED_MFU:.0%} of peak")
+        return words
 
 
 def optimal_batch_size(tokens: float, reference_tokens: float) -> int:
@@ -978,6 +980,7 @@ def compiled(model: torch.nn.Module, batch: tuple, wanted: bool | None, flops: f
     rate, enough = {"cuda": (3e14, 60), "cpu": (4e10 * cores, 600)}.get(device, (1.0, math.inf))  # FLOP/s, seconds
     if not (flops / rate > enough if wanted is None else wanted):
         return model
+    print0("compiling the model, about a minute (--no-compile: start at once, and run slower)")
     try:
         fast = torch.compile(model, dynamic=False)
         fast(*batch).backward()
@@ -1049,41 +1052,41 @@ class BaseTrain:
     data_dir: str = ""                 # folder of parquet shards; empty: the downloaded corpus
     eval_bundle: str = ""              # folder of CORE's tasks; empty: the real ones, downloaded
     fp8: Annotated[bool, Flag] = False  # FP8 matrix products (CUDA)
-    fp8_recipe: str = "tensorwise"
+    fp8_recipe: str = "tensorwise"     # tensorwise or rowwise
     compile: Annotated[bool, Flag] = False     # use torch.compile; neither flag: where it pays
     no_compile: Annotated[bool, Flag] = False  # do not
-    # model
-    depth: int = 20
+
+    depth: int = 20                    # layers; all else follows
     aspect_ratio: int = 64             # n_embd = depth × aspect_ratio, up to whole heads
-    head_dim: int = 128
-    max_seq_len: int = 2048
+    head_dim: int = 128                # channels of a head
+    max_seq_len: int = 2048            # context, in tokens
     window_pattern: str = "SSSL"       # L: full context, S: a quarter; tiled over the layers
-    # length of the run: the first of these that is given
-    num_iterations: int = -1
-    target_flops: float = -1.0
-    target_param_data_ratio: float = 12
-    # optimizer
+
+    num_iterations: int = -1           # steps; −1: from the next two, the first that is given
+    target_flops: float = -1.0         # compute of the whole run
+    target_param_data_ratio: float = 12  # tokens per scaling parameter
+
     device_batch_size: int = 32        # rows of a micro-batch on each device
     total_batch_size: int = -1         # tokens a step
-    embedding_lr: float = 0.3
+    embedding_lr: float = 0.3          # rates are for batches of 2^19 tokens and scaled to the run's
     unembedding_lr: float = 0.008
-    weight_decay: float = 0.28
-    matrix_lr: float = 0.02
+    weight_decay: float = 0.28         # of Muon, at depth 12
+    matrix_lr: float = 0.02            # of Muon
     scalar_lr: float = 0.5
-    warmup_steps: int = 40
-    warmdown_ratio: float = 0.65
-    final_lr_frac: float = 0.05
-    resume_from_step: int = -1
+    warmup_steps: int = 40             # at most a tenth of the run
+    warmdown_ratio: float = 0.65       # part of the run in which rates fall
+    final_lr_frac: float = 0.05        # to this part of their height
+
+    resume_from_step: int = -1         # go on from this checkpoint
     resume: Annotated[bool, Flag] = False      # go on from the newest checkpoint of this tag, if there is one
-    # evaluation
-    eval_every: int = 250
-    eval_tokens: int = EVAL_TOKENS
-    core_metric_every: int = 2000
+
+    eval_every: int = 250              # steps between evaluations of bits per byte; −1: never
+    eval_tokens: int = EVAL_TOKENS     # the default is cut to fit the run and the machine
+    core_metric_every: int = 2000      # −1: never
     core_metric_max_per_task: int = 500
-    sample_every: int = 2000
+    sample_every: int = 2000           # −1: never
     save_every: int = -1               # −1: only at the end
-    # output
-    model_tag: str = ""                # default d{depth}
+    model_tag: str = ""                # name of the model; empty: d{depth}
     dry_run: Annotated[bool, Flag] = False     # print the recipe and stop
 
 # %%
@@ -1165,7 +1168,7 @@ class Run:
         prepare_directory(self.directory, runtime, self.step if meta else -1)
         trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
         self.metrics = MetricsLog(self.directory / "metrics.jsonl", settings.run, dataclasses.asdict(settings))
-        self.model = self.compile()
+        self.model, self.may_compile = self.orig_model, True
 
     def find_resume(self) -> dict:
         """The metadata of the checkpoint to go on from, its loop state taken over; {} for a run from the start."""
@@ -1197,13 +1200,15 @@ class Run:
             weight_decay=self.dial.weight_decay)
 
     def compile(self) -> torch.nn.Module:
+        """The model as it trains: compiled or not. The whole run's length decides, so a resumed run decides alike."""
         wanted = True if self.settings.compile else False if self.settings.no_compile else None
         inputs = torch.zeros(self.rows, self.dial.config.sequence_len, dtype=torch.long, device=self.runtime.device)
-        left = self.dial.flops * (1 - self.step / self.dial.steps) / self.runtime.world_size
-        return compiled(self.orig_model, (inputs, inputs), wanted, left)
+        return compiled(self.orig_model, (inputs, inputs), wanted, self.dial.flops / self.runtime.world_size)
 
     def train_step(self, bar) -> None:
         """One step of the optimizer: gradients of all micro-batches, rates of this step, update."""
+        if self.may_compile:  # not before the first evaluation: a minute of silence would look like a fault
+            self.model, self.may_compile = self.compile(), False
         settings, steps, started = self.settings, self.dial.steps, time.perf_counter()
         tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
         loss = accumulate(self.model, self.loader, self.micro_batches, self.scaler, lambda: bar.update(tokens))

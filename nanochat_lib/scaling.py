@@ -68,7 +68,7 @@ class Recipe:
         """The recipe in words, with what it would take on eight H100s (an estimate: at 45 % of their peak)."""
         hours = self.flops / (8 * H100_FLOPS * ASSUMED_MFU) / 3600
         config = self.config
-        return {
+        words = {
             "model": f"depth {self.depth}, width {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
                      f"context {config.sequence_len}, vocabulary {config.vocab_size:,}",
             "parameters": f"{self.parameters:,} ({self.scaling_params:,} in matrices and lm_head)",
@@ -76,9 +76,11 @@ class Recipe:
                       f"({self.tokens / self.scaling_params:.1f} per scaling parameter)",
             "FLOPs": f"{self.flops:.2e} ({self.flops_per_token:.2e} a token)",
             "rates": f"× {self.learning_rate_scale:.3f}, weight decay {self.weight_decay:.4f}",
-            "on 8×H100": f"about {hours:.2f} h, {hours * 8 * DOLLARS_PER_GPU_HOUR:.2f} dollars at "
-                         f"{DOLLARS_PER_GPU_HOUR:.0f} a GPU hour and {ASSUMED_MFU:.0%} of peak",
         }
+        if hours >= 0.01:
+            words["on 8×H100"] = (f"about {hours:.2f} h, {hours * 8 * DOLLARS_PER_GPU_HOUR:.2f} dollars at "
+                                  f"{DOLLARS_PER_GPU_HOUR:.0f} a GPU hour and {ASSUMED_MFU:.0%} of peak")
+        return words
 
 
 def optimal_batch_size(tokens: float, reference_tokens: float) -> int:

@@ -120,6 +120,7 @@ def compiled(model: torch.nn.Module, batch: tuple, wanted: bool | None, flops: f
     rate, enough = {"cuda": (3e14, 60), "cpu": (4e10 * cores, 600)}.get(device, (1.0, math.inf))  # FLOP/s, seconds
     if not (flops / rate > enough if wanted is None else wanted):
         return model
+    print0("compiling the model, about a minute (--no-compile: start at once, and run slower)")
     try:
         fast = torch.compile(model, dynamic=False)
         fast(*batch).backward()
