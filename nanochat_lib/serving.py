@@ -23,6 +23,9 @@ class Job:
     answer: Answer
     deliver: Callable[[Piece | Exception | None], None]
 
+    def __post_init__(self):
+        self.request = Request(self.answer.prompt, **self.answer.sampling.settings(), watch=self.watch)
+
     def watch(self, token: Token) -> None:
         if piece := self.answer.take(token):
             self.deliver(piece)
@@ -39,9 +42,8 @@ class Replica:
         self.batch, self.jobs = self.model.engine.batch(self.rows), {}
 
     def add(self, job: Job) -> None:
-        request = Request(job.answer.prompt, **job.answer.sampling.settings(), watch=job.watch)
-        self.jobs[request] = job
-        self.batch.add(request)
+        self.jobs[job.request] = job
+        self.batch.add(job.request)
 
     def step(self) -> list[tuple[Job, Exception | None]]:
         """One token for every row; returns the jobs that are over with their errors, which do not end the replica."""
@@ -76,6 +78,7 @@ class Pool:
             for gone in [waiting for waiting in self.waiting if waiting.answer.stopped.is_set()]:
                 self.waiting.remove(gone)
                 self.counts["stopped"] += 1
+                gone.deliver(None)
             running = sum(len(replica.jobs) for replica in self.replicas)
             if running + len(self.waiting) >= self.max_waiting + sum(replica.rows for replica in self.replicas):
                 self.counts["refused"] += 1

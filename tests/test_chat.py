@@ -405,9 +405,12 @@ def test_a_full_line_answers_429_and_clients_that_leave_free_their_rows(slow):
             with pytest.raises(httpx.ReadTimeout):  # waits in line, then goes away
                 leaving.post(url + "/v1/chat/completions", json=say("long"))
             until(lambda: pool.waiting[0].answer.stopped.is_set())
+            told, left = [], pool.waiting[0]
+            left.deliver = lambda event, deliver=left.deliver: (told.append(event), deliver(event))
             waiting = threading.Thread(target=client.post, args=("/v1/chat/completions",), kwargs={"json": say("hi")})
             waiting.start()
             until(lambda: pool.stats()["waiting"] == 1 and not pool.waiting[0].answer.stopped.is_set())
+            assert told == [None], "whoever waits for the one that left is told"
             refused = client.post("/v1/chat/completions", json=say("hi"))
             assert refused.status_code == 429 and refused.json()["error"]["type"] == "rate_limit_error"
             assert refused.headers["retry-after"] == "1"
