@@ -107,6 +107,7 @@ def test_resumed_from_any_checkpoint_a_run_is_bit_for_bit_the_same(data):
         base_train(settings)
 
 
+@pytest.mark.timeout(900)  # starts two processes: slow on a busy machine
 def test_killed_with_sigkill_the_command_resumes_exactly(data, base_dir):
     flags = [*FLAGS, f"--data-dir={data}", "--num-iterations=60", "--save-every=2", "--eval-every=-1"]
     base_train(BaseTrain(**{**SMALL, "num_iterations": 60, "save_every": -1, "eval_every": -1}, data_dir=data,
@@ -127,6 +128,7 @@ def test_killed_with_sigkill_the_command_resumes_exactly(data, base_dir):
     assert losses() == losses("whole") and same(weights(step=60), weights("whole", 60))
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_train_one_model_and_the_same_as_one(data, base_dir, run_module):
     """Each row is one document, so both runs see the same 8 rows a step: as 2 micro-batches, or on 2 ranks."""
     base_train(BaseTrain(**{**SMALL, "num_iterations": 6}, data_dir=data, model_tag="one"))
