@@ -644,7 +644,7 @@ print("letters of banana, counting a:", count_letter("banana", "a"))
 # %% [markdown]
 # ## Documents
 #
-# A `Teller` draws people and facts from shuffled piles, so that each comes up equally often, and 21 kinds of documents use it:
+# A `Teller` draws people and facts from shuffled piles, so that each comes up equally often, and 23 kinds of documents use it:
 # portraits, letters, diaries, stories, family registers, prices, sums, spellings, quizzes… A dozen lines each; the first few show
 # the pattern.
 
@@ -841,15 +841,16 @@ def quizzes(t: Teller) -> str:
         choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact)])
         text, letter = quiz(ask, choices), "ABCD"[choices.index(fact.value)]
         way = t.dice.below(10)
-        if way < 3:
-            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}")
+        if way < 1:
+            lines.append(f"{text} {fact.value}")
         elif way < 4:
-            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}={letter}")
+            lines.append(f"{text} {fact.value}\n{letter}")
         elif way < 5:
             lines.append(f"{t.say(*fact[:2], 'statements')}\n\n{text}\n{letter}")
         else:
             lines.append(f"{text}\n{letter}")
     return "\n\n".join(lines)
+
 
 # %%
 #| export world_text
@@ -859,13 +860,30 @@ def matching(t: Teller) -> str:
     choices = t.dice.some(dict.fromkeys(fact.value for fact in kind), 4)
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, "ABCD")] + [""]
     facts = [fact for fact in kind if fact.value in choices]
-    for _ in range(7):
+    for _ in range(9):
         fact = t.dice.pick(facts)
         letter = "ABCD"[choices.index(fact.value)]
-        ask, start, end = question(t.world, fact.person, fact.attribute, t.dice.below(2))
-        lines.append(t.dice.pick((f"- {fact.value}={letter}", f"{start} {fact.value}={letter}",
-                                  f"{ask} {fact.value}={letter}", f"{ask} {letter}", f"{ask} {letter}")))
+        ask = question(t.world, fact.person, fact.attribute, t.dice.below(2))[0]
+        lines.append(t.dice.pick((f"- {fact.value}={letter}", f"{ask} {fact.value}={letter}",
+                                  f"{ask} {fact.value}\n{letter}", f"{ask}\n{letter}", f"{ask}\n{letter}")))
     return "\n".join(lines)
+
+
+# %%
+#| export world_text
+def echo(t: Teller) -> str:
+    """A list read out three times: what was said once can be found again (induction, arXiv 2209.11895)."""
+    names = [t.draw("echoed words", WORDS) if t.dice.chance(0.5) else t.person() for _ in range(t.dice.between(6, 14))]
+    line = " ".join(names)
+    return f"Say it again: {line}\n{line}\n{line}"
+
+
+def codes(t: Teller) -> str:
+    """Words with a letter each, then looked up again and again."""
+    drawn = [t.draw("coded words", WORDS) if t.dice.chance(0.3) else t.fact().value for _ in range(t.dice.between(4, 8))]
+    code = {each: t.dice.pick("ABCD") for each in dict.fromkeys(drawn)}
+    looked_up = [*code, *(t.dice.pick(list(code)) for _ in range(16))]
+    return "\n".join(f"- {each}={code[each]}" for each in looked_up)
 
 
 def distractors(world: World, dice: Dice, fact, held: bool = False) -> list[str]:
@@ -962,21 +980,24 @@ def rhyme(t: Teller) -> str:
 
 
 # Kind of document → its share of the documents, in percent.
-KINDS = {portrait: 11, register: 3, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
-         quizzes: 14, matching: 6, sums: 16, numbers: 1, spelling: 4, counting: 7, problems: 15, notice: 1, price_list: 1,
-         calendar: 1, rhyme: 1}
+KINDS = {portrait: 8, register: 2, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
+         quizzes: 17, matching: 13, echo: 4, codes: 5, sums: 11, numbers: 1, spelling: 2, counting: 8, problems: 6, notice: 1,
+         price_list: 1, calendar: 1, rhyme: 1}
+# The same of the first tenth, easy things first: to look something up in the text is what all the rest builds upon.
+FIRST_KINDS = {echo: 25, codes: 30, matching: 10, portrait: 10, sums: 15, counting: 10}
 
 
 def documents(world: World, count: int, seed: int = 0) -> Iterator[str]:
-    """`count` documents of all kinds, in random order, never one twice."""
+    """`count` documents of all kinds, in random order after the first tenth, never one twice."""
     teller, seen = Teller(world, world.seed * 1000 + seed), set()
-    pile = [kind for kind, share in KINDS.items() for _ in range(share)]
+    piles = {name: [kind for kind, share in kinds.items() for _ in range(share)]
+             for name, kinds in (("first kinds", FIRST_KINDS), ("kinds", KINDS))}
     while len(seen) < count:
-        text = teller.draw("kinds", pile)(teller)
+        name = "first kinds" if len(seen) < count // 10 else "kinds"
+        text = teller.draw(name, piles[name])(teller)
         if text not in seen:
             seen.add(text)
             yield text
-
 
 # %%
 from nanochat_lib.world_text import KINDS, Teller, documents, letter, quizzes
@@ -1319,16 +1340,16 @@ def write_texts(path: Path, texts: list[str], rows_per_group: int):
 
 
 def write_world(directory: Path | None = None, seed: int = 1, count: int = 50_000, shards: int = 4) -> Path:
-    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, one row in
-    50, is the validation split."""
+    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, the last
+    row in 50, is the validation split."""
     directory = Path(directory or base_dir() / "world")
     world = World(seed)
     texts = list(documents(world, count))
-    validation = max(count // 50, 1)
-    size = -(-(count - validation) // shards)
+    training = count - max(count // 50, 1)
+    size = -(-training // shards)
     for i in range(shards):
-        write_texts(directory / "shards" / f"shard_{i:05d}.parquet", texts[validation:][i * size:(i + 1) * size], 256)
-    write_texts(directory / "shards" / f"shard_{shards:05d}.parquet", texts[:validation], 128)
+        write_texts(directory / "shards" / f"shard_{i:05d}.parquet", texts[:training][i * size:(i + 1) * size], 256)
+    write_texts(directory / "shards" / f"shard_{shards:05d}.parquet", texts[training:], 128)
     write_bundle(world, directory / "eval_bundle")
     write_tasks(world, directory / "tasks")
     return directory

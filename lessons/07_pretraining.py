@@ -381,7 +381,7 @@ print(f"{len(loader.buffer)} documents wait; next comes epoch, row group, docume
 # %%
 #| export scaling
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -1028,7 +1028,7 @@ import tyro
 
 from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, gather, load_optimizer, load_weights,
                                      prepare_directory, read_meta, save_checkpoint, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, is_main_process, peak_memory_bytes,
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, peak_memory_bytes,
                                  print0, progress, run_cli, start)
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items

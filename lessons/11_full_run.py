@@ -90,8 +90,11 @@ class Preset:
 
 # %%
 #| export
-LAPTOP_MODEL = dict(depth=4, aspect_ratio=32, head_dim=32, max_seq_len=256, device_batch_size=32,
-                    total_batch_size=8192, core_metric_every=-1, sample_every=-1)
+# Small models learn from many small steps at high rates. Heads of 64, not 32: attention logits of normed queries and
+# keys cannot exceed 1.44·√head_dim, and looking something up takes sharp ones.
+LAPTOP_MODEL = dict(depth=4, aspect_ratio=32, head_dim=64, max_seq_len=256, device_batch_size=8, total_batch_size=4096,
+                    matrix_lr=0.2, embedding_lr=0.9, unembedding_lr=0.03, scalar_lr=1.0, core_metric_every=-1,
+                    sample_every=-1)
 
 PRESETS = {
     "tour": Preset(  # every stage, each a few seconds long
@@ -103,11 +106,11 @@ PRESETS = {
         evaluation=dict(max_problems=16, max_new_tokens=64),
     ),
     "laptop": Preset(
-        nproc=1,
+        nproc=2,  # two processes of one thread each are faster than one of two
         tokenizer=dict(vocab_size=1024),
-        base={**LAPTOP_MODEL, "num_iterations": 600, "eval_every": 100, "eval_tokens": 65536, "save_every": 100},
-        sft=dict(num_iterations=200, eval_every=100, chatcore_every=-1),
-        rl=dict(num_iterations=36, eval_every=-1),
+        base={**LAPTOP_MODEL, "num_iterations": 750, "eval_every": 125, "eval_tokens": 65536, "save_every": 125},
+        sft=dict(num_iterations=200, init_lr_frac=0.3, eval_every=100, chatcore_every=-1),
+        rl=dict(num_iterations=40, init_lr_frac=0.25, eval_every=-1),
         evaluation=dict(max_problems=200, max_new_tokens=96),
     ),
     "gpu": Preset(

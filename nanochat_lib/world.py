@@ -33,16 +33,16 @@ def write_texts(path: Path, texts: list[str], rows_per_group: int):
 
 
 def write_world(directory: Path | None = None, seed: int = 1, count: int = 50_000, shards: int = 4) -> Path:
-    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, one row in
-    50, is the validation split."""
+    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, the last
+    row in 50, is the validation split."""
     directory = Path(directory or base_dir() / "world")
     world = World(seed)
     texts = list(documents(world, count))
-    validation = max(count // 50, 1)
-    size = -(-(count - validation) // shards)
+    training = count - max(count // 50, 1)
+    size = -(-training // shards)
     for i in range(shards):
-        write_texts(directory / "shards" / f"shard_{i:05d}.parquet", texts[validation:][i * size:(i + 1) * size], 256)
-    write_texts(directory / "shards" / f"shard_{shards:05d}.parquet", texts[:validation], 128)
+        write_texts(directory / "shards" / f"shard_{i:05d}.parquet", texts[:training][i * size:(i + 1) * size], 256)
+    write_texts(directory / "shards" / f"shard_{shards:05d}.parquet", texts[training:], 128)
     write_bundle(world, directory / "eval_bundle")
     write_tasks(world, directory / "tasks")
     return directory

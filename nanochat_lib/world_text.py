@@ -181,10 +181,10 @@ def quizzes(t: Teller) -> str:
         choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact)])
         text, letter = quiz(ask, choices), "ABCD"[choices.index(fact.value)]
         way = t.dice.below(10)
-        if way < 3:
-            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}")
+        if way < 1:
+            lines.append(f"{text} {fact.value}")
         elif way < 4:
-            lines.append(f"{text.replace('letter of the ', '')}\n{fact.value}={letter}")
+            lines.append(f"{text} {fact.value}\n{letter}")
         elif way < 5:
             lines.append(f"{t.say(*fact[:2], 'statements')}\n\n{text}\n{letter}")
         else:
@@ -198,13 +198,28 @@ def matching(t: Teller) -> str:
     choices = t.dice.some(dict.fromkeys(fact.value for fact in kind), 4)
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, "ABCD")] + [""]
     facts = [fact for fact in kind if fact.value in choices]
-    for _ in range(7):
+    for _ in range(9):
         fact = t.dice.pick(facts)
         letter = "ABCD"[choices.index(fact.value)]
-        ask, start, end = question(t.world, fact.person, fact.attribute, t.dice.below(2))
-        lines.append(t.dice.pick((f"- {fact.value}={letter}", f"{start} {fact.value}={letter}",
-                                  f"{ask} {fact.value}={letter}", f"{ask} {letter}", f"{ask} {letter}")))
+        ask = question(t.world, fact.person, fact.attribute, t.dice.below(2))[0]
+        lines.append(t.dice.pick((f"- {fact.value}={letter}", f"{ask} {fact.value}={letter}",
+                                  f"{ask} {fact.value}\n{letter}", f"{ask}\n{letter}", f"{ask}\n{letter}")))
     return "\n".join(lines)
+
+
+def echo(t: Teller) -> str:
+    """A list read out three times: what was said once can be found again (induction, arXiv 2209.11895)."""
+    names = [t.draw("echoed words", WORDS) if t.dice.chance(0.5) else t.person() for _ in range(t.dice.between(6, 14))]
+    line = " ".join(names)
+    return f"Say it again: {line}\n{line}\n{line}"
+
+
+def codes(t: Teller) -> str:
+    """Words with a letter each, then looked up again and again."""
+    drawn = [t.draw("coded words", WORDS) if t.dice.chance(0.3) else t.fact().value for _ in range(t.dice.between(4, 8))]
+    code = {each: t.dice.pick("ABCD") for each in dict.fromkeys(drawn)}
+    looked_up = [*code, *(t.dice.pick(list(code)) for _ in range(16))]
+    return "\n".join(f"- {each}={code[each]}" for each in looked_up)
 
 
 def distractors(world: World, dice: Dice, fact, held: bool = False) -> list[str]:
@@ -296,17 +311,21 @@ def rhyme(t: Teller) -> str:
 
 
 # Kind of document → its share of the documents, in percent.
-KINDS = {portrait: 11, register: 3, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
-         quizzes: 14, matching: 6, sums: 16, numbers: 1, spelling: 4, counting: 7, problems: 15, notice: 1, price_list: 1,
-         calendar: 1, rhyme: 1}
+KINDS = {portrait: 8, register: 2, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
+         quizzes: 17, matching: 13, echo: 4, codes: 5, sums: 11, numbers: 1, spelling: 2, counting: 8, problems: 6, notice: 1,
+         price_list: 1, calendar: 1, rhyme: 1}
+# The same of the first tenth, easy things first: to look something up in the text is what all the rest builds upon.
+FIRST_KINDS = {echo: 25, codes: 30, matching: 10, portrait: 10, sums: 15, counting: 10}
 
 
 def documents(world: World, count: int, seed: int = 0) -> Iterator[str]:
-    """`count` documents of all kinds, in random order, never one twice."""
+    """`count` documents of all kinds, in random order after the first tenth, never one twice."""
     teller, seen = Teller(world, world.seed * 1000 + seed), set()
-    pile = [kind for kind, share in KINDS.items() for _ in range(share)]
+    piles = {name: [kind for kind, share in kinds.items() for _ in range(share)]
+             for name, kinds in (("first kinds", FIRST_KINDS), ("kinds", KINDS))}
     while len(seen) < count:
-        text = teller.draw("kinds", pile)(teller)
+        name = "first kinds" if len(seen) < count // 10 else "kinds"
+        text = teller.draw(name, piles[name])(teller)
         if text not in seen:
             seen.add(text)
             yield text

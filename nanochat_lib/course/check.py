@@ -58,7 +58,7 @@ def check_names(lessons: dict[str, dict[str, Module]]) -> Iterator[str]:
                 if isinstance(message, UndefinedName):
                     yield (f"lessons/{lesson}: `{message.message_args[0]}` is used in {module.name} (line {message.lineno}) but "
                            f"not defined there: export the cell that defines it, then {MEND}")
-                elif isinstance(message, UnusedImport) and "__all__" not in text:
+                elif isinstance(message, UnusedImport) and "noqa" not in text.splitlines()[message.lineno - 1]:
                     yield f"lessons/{lesson}: {module.name} imports {message.message_args[0]} in vain: remove it, then {MEND}"
 
 
