@@ -66,8 +66,9 @@ class Stage:
     def command(self, torchrun: str, resume: bool = False) -> list[str]:
         """The command line, as a list; `torchrun` holds torchrun's own flags."""
         launcher = ["-m", "torch.distributed.run", *shlex.split(torchrun)] if self.parallel else []
+        divider = ["--"] if self.parallel else []  # or torchrun takes --run for an abbreviation of its --run-path
         flags = [*self.flags, "--resume"] if resume and self.resumes else self.flags
-        return [sys.executable, *launcher, "-m", f"nanochat_lib.{self.module}", *flags]
+        return [sys.executable, *launcher, "-m", f"nanochat_lib.{self.module}", *divider, *flags]
 
 
 def flags(**settings) -> tuple[str, ...]:
@@ -93,7 +94,7 @@ class Preset:
 # Small models learn from many small steps at high rates. Heads of 64, not 32: attention logits of normed queries and
 # keys cannot exceed 1.44·√head_dim, and looking something up takes sharp ones.
 LAPTOP_MODEL = dict(depth=4, aspect_ratio=32, head_dim=64, max_seq_len=256, device_batch_size=8, total_batch_size=4096,
-                    matrix_lr=0.2, embedding_lr=0.9, unembedding_lr=0.03, scalar_lr=1.0, core_metric_every=-1,
+                    matrix_lr=0.12, embedding_lr=0.9, unembedding_lr=0.03, scalar_lr=1.0, core_metric_every=-1,
                     sample_every=-1)
 
 PRESETS = {
@@ -108,9 +109,9 @@ PRESETS = {
     "laptop": Preset(
         nproc=2,  # two processes of one thread each are faster than one of two
         tokenizer=dict(vocab_size=1024),
-        base={**LAPTOP_MODEL, "num_iterations": 750, "eval_every": 125, "eval_tokens": 65536, "save_every": 125},
-        sft=dict(num_iterations=200, init_lr_frac=0.3, eval_every=100, chatcore_every=-1),
-        rl=dict(num_iterations=40, init_lr_frac=0.25, eval_every=-1),
+        base={**LAPTOP_MODEL, "num_iterations": 800, "eval_every": 100, "eval_tokens": 65536, "save_every": 100},
+        sft=dict(num_iterations=250, init_lr_frac=0.3, eval_every=125, chatcore_every=-1),
+        rl=dict(num_iterations=80, init_lr_frac=0.2, eval_every=-1),
         evaluation=dict(max_problems=200, max_new_tokens=96),
     ),
     "gpu": Preset(
@@ -240,7 +241,7 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
     The command inherits `lock`, so that the base directory stays taken while any process of the run lives.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "NANOCHAT_LIVE": "1"} if sys.stderr.isatty() else os.environ
+    environment = dict(os.environ) | ({"NANOCHAT_LIVE": "1"} if sys.stderr.isatty() else {})
     with open(log, "ab", buffering=0) as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment, pass_fds=(lock,))
@@ -349,6 +350,8 @@ def pipeline(settings: Pipeline) -> None:
     """Run the whole path: data, tokenizer, base model, chat model, reinforcement learning, report."""
     preset = PRESETS[settings.preset]
     nproc = preset.nproc if settings.nproc < 0 else settings.nproc
+    if nproc == 0:
+        raise NanochatError("--nproc 0 starts nothing: give at least 1, or leave it away for the preset's number")
     if settings.data and not Path(settings.data).is_dir():
         raise NanochatError(f"--data {settings.data} is not a folder: give one that holds parquet shards")
     data = str(Path(settings.data).resolve()) if settings.data else ""
@@ -359,6 +362,7 @@ def pipeline(settings: Pipeline) -> None:
         raise NanochatError(f"--until {settings.until} is no stage: choose {', '.join(names)}")
     if settings.dry_run:
         return print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))  # torchrun would say 1, aloud
     done = Progress(base_dir() / "pipeline.json")
     node = f".{platform.node()}" if settings.torchrun else ""
     with taken(base_dir(), node) as lock, kills_interrupt():
