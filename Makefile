@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 TOUR := $(CURDIR)/build/tour
-QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND= PYDEVD_DISABLE_FILE_VALIDATION=1
+QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 
 .PHONY: setup run test lab lessons
 
@@ -22,10 +22,10 @@ lab: setup
 lessons: setup
 	OMP_NUM_THREADS=1 $(PY) -m nanochat_lib.course build
 
-# First that all generated files agree, then the tests, then every lesson and solution as a notebook, with the model of a tour's run.
+# First that all generated files agree, then a short run of the whole path, then the tests, then every notebook with that run's model.
 test: setup
 	$(PY) -m nanochat_lib.course check
-	$(QUIET) $(PY) -m pytest -n 2 --dist loadfile tests
 	rm -rf $(TOUR)
 	NANOCHAT_BASE_DIR=$(TOUR) $(PY) -m nanochat_lib.course ready
+	$(QUIET) NANOCHAT_TOUR=$(TOUR) $(PY) -m pytest -n 2 --dist loadfile tests
 	$(QUIET) NANOCHAT_BASE_DIR=$(TOUR) $(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-cell-timeout 120 lessons solutions
