@@ -944,7 +944,7 @@ def counting(t: Teller) -> str:
 
 def problems(t: Teller) -> str:
     """A worked word problem, mostly of one step."""
-    problem = training_problem(t.world, t.dice, 1 if t.dice.chance(0.7) else 2)
+    problem = training_problem(t.world, t.dice, 1 if t.dice.chance(0.9) else 2)
     return problem.question + "\n" + re.sub(r"<<(.*?)>>\d+", r"\1", problem.answer)
 
 

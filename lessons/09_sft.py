@@ -811,7 +811,7 @@ WORLD_SHARES = {  # task → (conversations at most, times)
     "multiple_choice": (5000, 2), "letter_counting": (3000, 1), "spelling": (1000, 2), "facts": (2000, 1),
     "world_identity": (1000, 2),
     # with all 5,000 problems SFT alone gets every one right, and reinforcement learning has nothing left to show
-    "word_problems_1": (500, 1), "word_problems_2": (80, 1),
+    "word_problems_1": (500, 1), "word_problems_2": (60, 1),
 }
 
 
