@@ -726,8 +726,8 @@ for name in WORLD_TESTS:
 # %% [markdown]
 # ## The mixture
 #
-# What a chat model is shown is what it becomes: talk in plenty, enough quizzes that it learns to bind letters to
-# choices, enough calculator calls that it reaches for the tool. Small sets are repeated a few times.
+# What a chat model is shown is what it becomes: talk in plenty, quizzes so that it answers with a letter,
+# enough calculator calls that it reaches for the tool. Small sets are repeated a few times.
 
 # %%
 #| export tasks/registry
@@ -1226,6 +1226,11 @@ for stage in ("base", "sft"):
     letters = choose_letters(model, tokenizer, list(quizzes), batch_size=32)
     right = sum(quizzes.evaluate(quiz, letter) for quiz, letter in zip(quizzes, letters))
     print(f"{stage}: {right} of {len(quizzes)} letters right")
+
+# %% [markdown]
+# A letter is the hardest answer here. The model must recall a value and find its letter among the choices, two lookups in a
+# row before a single token; the laptop's four layers learn each of the two in ten minutes, and stay near one in four for both together.
+# Written out step by step, as in the word problems, such a chain is easy: every token written can be looked up again.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
