@@ -469,7 +469,7 @@ def draw(report: dict[str, Any]) -> Figure:
     chat.set_yticks(list(rows), list(after))
     chat.invert_yaxis()
     chat.set(title="chat model", xlabel="accuracy", xlim=(0, 1))
-    chat.legend(loc="lower right")
+    figure.legend(loc="outside lower right", ncols=2)
     return figure
 
 # %%

@@ -1,0 +1,93 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · Exercises: evaluation
+#
+# Two functions of `nanochat_lib.evaluation` to rebuild, and one question about luck. The lesson is
+# [06 · Evaluation](../lessons/06_evaluation.ipynb).
+
+# %%
+import math
+
+import torch
+
+from nanochat_lib.course.checks import evaluation as check
+
+# %% [markdown]
+# ## 1 · Bits per byte
+#
+# difficulty 1/5 · importance 5/5 · 10 minutes
+#
+# A model gave a loss in nats for each target. `token_bytes[id]` says how many bytes of text a token stands for, 0 for
+# the specials. Bits per byte are all nats of targets that have bytes, over ln 2 times all their bytes. Targets of −1
+# are not scored, and neither are specials: neither their nats nor their bytes count.
+
+# %%
+def bits_per_byte(losses, targets, token_bytes):
+    """A float, from losses (B, T) float, targets (B, T) int64 and token_bytes (vocab,) int64."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.bits_per_byte(bits_per_byte)
+
+# %% [markdown]
+# ## 2 · Which tokens are scored
+#
+# difficulty 3/5 · importance 4/5 · 20 minutes
+#
+# The prompts of one question come as lists of ids. For each row to score, say where the scored tokens begin and end:
+#
+# - `multiple_choice`: the rows begin alike and end in different choices; scored is what follows the shared beginning;
+# - `schema`: the rows begin differently and end alike; scored is the shared end;
+# - `language_modeling`: two rows, without and with the answer; only the second is scored, from where
+#   the first stops agreeing with it.
+#
+# At least one token is scored, and never the first, which nothing predicts: where a choice is the beginning of another,
+# start one token earlier.
+
+# %%
+def rows_of(kind, rows):
+    """[(ids, start, end), …]: tokens start … end − 1 of ids are scored. One per row; one for language_modeling."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.rows_of(rows_of)
+
+# %% [markdown]
+# ## 3 · Luck
+#
+# difficulty 2/5 · importance 4/5 · 10 minutes
+#
+# A model that answers each question rightly with probability p has, over n questions, an accuracy that scatters with
+# a standard deviation of √(p(1 − p)/n). How many questions does a task need before two standard deviations are no
+# more than `margin`?
+
+# %%
+def questions_needed(p, margin):
+    """The smallest whole number n ≥ 1 with 2·√(p(1 − p)/n) ≤ margin."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.questions_needed(questions_needed)
+
+# %% [markdown]
+# COPA has 100 questions. Two models get 0.62 and 0.68 on it. Play the first model's exam a thousand times: how often
+# does it get 0.68 or more by luck alone?
+
+# %%
+answer = None
+# your code here
+answer
+
+# %%
+check.luck(answer)
