@@ -82,7 +82,7 @@ def rows_of(kind, rows):
 check.rows_of(rows_of)
 
 # %% [markdown]
-# ## 3 · Luck
+# ## 3 · Questions enough
 #
 # difficulty 2/5 · importance 4/5 · 10 minutes
 #
@@ -101,6 +101,10 @@ def questions_needed(p, margin):
 check.questions_needed(questions_needed)
 
 # %% [markdown]
+# ## 4 · Luck
+#
+# difficulty 2/5 · importance 4/5 · 5 minutes
+#
 # COPA has 100 questions. Two models get 0.62 and 0.68 on it. Play the first model's exam a thousand times: how often
 # does it get 0.68 or more by luck alone?
 

@@ -188,8 +188,10 @@ def test_notebook_chat_in_jupyterlab(lab, browser):
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(90_000)
     page.goto(f"{lab}/lab/tree/chat.ipynb")
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')  # the kernel is there
     page.click(".jp-CodeCell .cm-content")
-    page.keyboard.press("Shift+Enter")
+    page.click(".lm-MenuBar-itemLabel:text-is('Run')")
+    page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
     entry = page.wait_for_selector('input[placeholder="say something, then Enter"]')
     entry.fill("sum")
     entry.press("Enter")
