@@ -352,22 +352,21 @@ for expression in ("12 * 34", "0.1 + 0.2", "1,250 / 4", "'strawberry'.count('r')
 # open) leads back to a state from which it simply goes on.
 
 # %%
-states = {"text": (0, 0), "in a call": (1, 0), "forced": (2, 0), "end": (0, -0.9)}
+states = {"text": (0, 0), "in a call": (1, 0), "forced": (2, 0), "end": (-0.9, 0)}
 arrows = [("text", "in a call", "python_start", 0.3), ("in a call", "text", "python_end, no value", 0.3),
-          ("in a call", "forced", "python_end:\ncalculate", 0), ("forced", "text", "all said:\noutput_start result output_end", -0.3),
-          ("text", "end", "assistant_end, bos", 0)]
+          ("in a call", "forced", "python_end:\ncalculate", 0), ("forced", "text", "all said:\noutput_start result output_end", -0.4),
+          ("text", "end", "assistant_end,\nbos", 0)]
 fig, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
 for a, b, label, bend in arrows:
     (x0, y0), (x1, y1) = states[a], states[b]
     axes.annotate("", (x1, y1), (x0, y0), arrowprops=dict(arrowstyle="->", shrinkA=32, shrinkB=32, lw=1.5,
                                                          connectionstyle=f"arc3,rad={-bend}"))
-    height = bend * abs(x1 - x0) / 2 * (1 if x1 > x0 else -1)
-    axes.text((x0 + x1) / 2 + 0.05 * (x0 == x1), (y0 + y1) / 2 + height, label, ha="left" if x0 == x1 else "center",
-              va="bottom" if height >= 0 else "top", fontsize=9)
+    height = (bend * abs(x1 - x0) * 0.62 + (0.05 if bend >= 0 else -0.05)) * (1 if x1 > x0 or not bend else -1)  # off the arc
+    axes.text((x0 + x1) / 2, (y0 + y1) / 2 + height, label, ha="center", va="bottom" if height >= 0 else "top", fontsize=9)
 for name, (x, y) in states.items():
     axes.text(x, y, name, ha="center", va="center", bbox=dict(boxstyle="circle,pad=0.6", fc="#fec" if name == "forced" else "#cdf"))
 axes.text(1, -0.42, "python_start: begin anew", ha="center", fontsize=9)
-axes.set(xlim=(-0.4, 2.5), ylim=(-1.25, 0.75))
+axes.set(xlim=(-1.2, 2.4), ylim=(-0.7, 1.1))
 axes.axis("off")
 plt.show()
 

@@ -45,7 +45,8 @@ class ChatBox:
         self.error, self.note, self.drawn = "", "", 0.0
         self.thread: threading.Thread | None = None
         self.picker = widgets.Dropdown(options=models, index=list(models).index(here), description="model")
-        self.temperature = widgets.FloatSlider(settings.temperature, min=0, max=2, step=0.1, description="temperature")
+        self.temperature = widgets.FloatSlider(settings.temperature, min=0, max=2, step=0.1, description="temperature",
+                                               style={"description_width": "initial"})
         self.top_k = widgets.IntSlider(settings.top_k, min=0, max=200, description="top-k")
         self.length = widgets.IntSlider(settings.max_tokens, min=1, max=1024, description="max tokens")
         self.view = widgets.HTML()
