@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from nanochat_lib.course.export import NOTICE, ROOT, CourseError, Module, module
 from nanochat_lib.course.notebooks import sources
 
 MEND = "run `make lessons`"
-OWN_PATH = re.compile(r"(/home/|/root/|/work/|/tmp/|/Users/|[A-Z]:\\\\)[\w.]")
+HERE = (re.escape(f"{folder}/") for folder in (Path.home(), ROOT.parent, tempfile.gettempdir()))
+OWN_PATH = re.compile("|".join([r"/home/\w", r"/Users/\w", r"[A-Z]:\\\w", *HERE]))  # what only one machine has
 
 
 def problems(root: Path = ROOT) -> list[str]:
