@@ -16,7 +16,7 @@ from nanochat_lib.course.export import NOTICE, ROOT, CourseError, Module, module
 from nanochat_lib.course.notebooks import sources
 
 MEND = "run `make lessons`"
-HERE = (re.escape(f"{folder}/") for folder in (Path.home(), ROOT.parent, tempfile.gettempdir()))
+HERE = [re.escape(f"{folder}/") for folder in (Path.home(), ROOT, Path(tempfile.gettempdir())) if folder != Path("/")]
 OWN_PATH = re.compile("|".join([r"/home/\w", r"/Users/\w", r"[A-Z]:\\\w", *HERE]))  # what only one machine has
 
 
