@@ -837,7 +837,7 @@ def quizzes(t: Teller) -> str:
     lines = []
     for _ in range(t.dice.between(1, 3)):
         fact = t.open_fact()
-        ask, start, end = question(t.world, fact.person, fact.attribute, t.dice.below(2))
+        ask = question(t.world, fact.person, fact.attribute, t.dice.below(2))[0]
         choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact)])
         text, letter = quiz(ask, choices), "ABCD"[choices.index(fact.value)]
         way = t.dice.below(10)

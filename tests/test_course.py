@@ -1,6 +1,7 @@
 """The course's tools: what is generated follows its source, and every way to break that is told with its mending command."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -214,6 +215,21 @@ def test_verdicts(base_dir):
     assert "hint 1" in wrong._repr_html_() and "Think of twice." in wrong._repr_html_()
     assert "AttributeError" in double(crash).sentence and "x.twice" in double(crash).sentence
     assert grading.progress() == {"test_course": {"double": True}}  # once solved, it stays solved
+
+
+def test_a_lesson_gets_a_model_where_only_one_set_aside_is(base_dir, monkeypatch, capsys):
+    from nanochat_lib.course import models
+
+    old = base_dir / "base_checkpoints" / "d4.old1"
+    old.mkdir(parents=True)
+    (old / "meta_000001.json").write_text("{}")
+    runs = []
+    monkeypatch.setattr(models.subprocess, "run", lambda command, **_: runs.append(command) or SimpleNamespace(returncode=0))
+    models.ready("base")
+    assert len(runs) == 1 and "--preset=tour" in runs[0] and "no model here yet" in capsys.readouterr().out
+    monkeypatch.setattr(models, "find_checkpoint", lambda stage: ("d4", 1))
+    models.ready("base")
+    assert len(runs) == 1
 
 
 def test_shipped_course_agrees():
