@@ -10,7 +10,7 @@ from nanochat_lib.common import NanochatError
 def ready(stage: str = "rl") -> None:
     """Make sure that a model of `stage` ("base", "sft", "rl") exists under $NANOCHAT_BASE_DIR.
 
-    If there is none, runs the pipeline's `tour` preset, about a minute on two cores; `make run` gives a better one.
+    If there is none, runs the pipeline's `tour` preset, a minute and a half on two cores; `make run` gives a better one.
     """
     try:
         find_checkpoint(stage)
