@@ -206,10 +206,9 @@ from torch import Tensor, nn
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
 from nanochat_lib.fused import norm, softcap, softcap_cross_entropy, squared_relu
+from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, rotary_at, rotary_tables, smear
 
-SMEAR_CHANNELS = 24  # the smear gate looks at so many channels of a token
-VALUE_CHANNELS = 12  # a value gate at so many
-ROPE_BASE = 100_000
+VALUE_CHANNELS = 12  # a value gate looks at so many channels of a token
 VOCAB_MULTIPLE = 64  # matrix units like round sizes
 
 # %%
@@ -288,7 +287,22 @@ for wrong in (dict(window_pattern="SX"), dict(n_kv_head=4), dict(n_embd=700)):
 # neighbours apart, the last hardly turn and see distance.
 
 # %%
-#| export
+#| export layers
+"""The small parts of the model: rotary positions, matrices without bias, smear."""
+
+# %%
+#| export layers
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat_lib.common import NanochatError
+
+ROPE_BASE = 100_000
+SMEAR_CHANNELS = 24  # the smear gate looks at so many channels of a token
+
 
 def rotary_tables(length: int, head_dim: int, device: Any = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position's angles, each (length, head_dim / 2) float32."""
@@ -344,7 +358,7 @@ assert torch.isclose((at(q, 9) * at(k, 4)).sum(), (at(q, 29) * at(k, 24)).sum(),
 # have different lengths.
 
 # %%
-#| export
+#| export layers
 class Linear(nn.Linear):
     """A matrix without bias: its float32 weight is cast to the input's dtype in forward."""
 

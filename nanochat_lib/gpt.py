@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
 from nanochat_lib.fused import norm, softcap, softcap_cross_entropy, squared_relu
+from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, rotary_at, rotary_tables, smear
 
-SMEAR_CHANNELS = 24  # the smear gate looks at so many channels of a token
-VALUE_CHANNELS = 12  # a value gate at so many
-ROPE_BASE = 100_000
+VALUE_CHANNELS = 12  # a value gate looks at so many channels of a token
 VOCAB_MULTIPLE = 64  # matrix units like round sizes
 
 
@@ -67,64 +66,6 @@ def window_sizes(config: GPTConfig) -> list[int]:
 def has_value_embedding(layer: int, n_layer: int) -> bool:
     """Every other layer has one, the last always."""
     return layer % 2 == (n_layer - 1) % 2
-
-
-def rotary_tables(length: int, head_dim: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's angles, each (length, head_dim / 2) float32."""
-    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), ROPE_BASE ** (-channels / head_dim))
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (B, T, H, D) by its position's angle; cos, sin (1 or B, T, 1, D/2).
-
-    y1 = x1·cos + x2·sin, y2 = −x1·sin + x2·cos (RoPE, arXiv 2104.09864), computed over whole heads: to read and write
-    halves of rows is several times slower.
-    """
-    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
-    return torch.addcmul(x * torch.cat((cos, cos), dim=-1), swapped, torch.cat((sin, -sin), dim=-1))
-
-
-def rotary_at(cos: Tensor, sin: Tensor, length: int, kv_cache: Any = None) -> tuple[Tensor, Tensor]:
-    """The tables' rows for `length` tokens, from position 0 or behind each cached row: each (1 or B, T, 1, D/2)."""
-    if kv_cache is not None:
-        positions = kv_cache.lengths[:, None] + torch.arange(length, device=cos.device)
-        return cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
-    if length > len(cos):
-        raise NanochatError(f"{length} tokens are too many: this model reads at most {len(cos)}, ten times its context")
-    return cos[None, :length, None], sin[None, :length, None]
-
-
-class Linear(nn.Linear):
-    """A matrix without bias: its float32 weight is cast to the input's dtype in forward."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-def smear(x: Tensor, gate: Linear, strength: Tensor, kv_cache: Any = None) -> Tensor:
-    """Add to each token's embedding (B, T, C) a gated part of the one before it, if there is one."""
-    if kv_cache is None:
-        before = F.pad(x[:, :-1], (0, 0, 1, 0))
-    else:
-        before = torch.cat((previous_embedding(x, kv_cache).unsqueeze(1), x[:, :-1]), dim=1)
-    return torch.addcmul(x, strength.to(x.dtype) * torch.sigmoid(gate(x[..., :SMEAR_CHANNELS])), before)
-
-
-def previous_embedding(x: Tensor, kv_cache: Any) -> Tensor:
-    """The embedding (B, C) before each row's first new one, zero in a fresh row; keeps this call's last ones of x."""
-    before = torch.zeros_like(x[:, 0]) if kv_cache.previous is None else kv_cache.previous.to(x.dtype)
-    before = torch.where(kv_cache.lengths.unsqueeze(1) > 0, before, 0)
-    if kv_cache.counts is None:
-        kv_cache.previous = x[:, -1]
-    else:  # rows of several lengths, padded on the right
-        last = x[torch.arange(len(x), device=x.device), (kv_cache.counts - 1).clamp(min=0)]
-        kv_cache.previous = torch.where(kv_cache.counts.unsqueeze(1) > 0, last, before)
-    return before
 
 
 class Attention(nn.Module):
