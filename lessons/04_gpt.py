@@ -717,6 +717,121 @@ except NanochatError as error:
     print(error)
 
 # %% [markdown]
+# ## Eight bits
+#
+# Hopper's matrix units multiply 8-bit floats twice as fast as 16-bit ones. Two formats share the eight bits
+# differently: **e4m3** has three bits of fraction and ends at 448, **e5m2** has two and ends at 57,344. Activations
+# and weights need the digits, gradients need the range. So that nothing overflows and little sinks below the smallest
+# step, each tensor is first divided by a scale of its own, its largest entry over the format's (*tensorwise*; Micikevicius
+# et al., arXiv 2209.05433), and the product is multiplied by both scales.
+
+# %%
+#| export fp8
+"""Matrix products in 8-bit floats, forward and backward, one scale a tensor (arXiv 2209.05433): for Hopper and later."""
+
+# %%
+#| export fp8
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.layers import Linear
+
+MULTIPLE, SMALLEST = 16, 128  # the hardware's step; smaller matrices lose more to scaling than they gain
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x / scale in an 8-bit dtype, scale): a float32 scale that brings the largest entry to the format's largest."""
+    largest = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=1e-12) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+def columns(x: Tensor) -> Tensor:
+    """The same matrix laid out column by column, as the hardware reads a second factor."""
+    return x.t().contiguous().t()
+
+
+class Fp8Product(Function):
+    """x (N, inputs) @ weight (outputs, inputs)ᵀ with 8-bit factors; what backward needs is kept in 8 bits too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = to_fp8(x, torch.float8_e4m3fn)
+        weight8, weight_scale = to_fp8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, weight8, weight_scale)
+        ctx.dtypes = x.dtype, weight.dtype
+        return torch._scaled_mm(x8, weight8.t(), x_scale, weight_scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x8, x_scale, weight8, weight_scale = ctx.saved_tensors
+        grad8, grad_scale = to_fp8(grad, torch.float8_e5m2)
+        by_x = torch._scaled_mm(grad8, columns(weight8), grad_scale, weight_scale, out_dtype=ctx.dtypes[0])
+        by_weight = torch._scaled_mm(grad8.t().contiguous(), columns(x8), grad_scale, x_scale, out_dtype=ctx.dtypes[1])
+        return by_x, by_weight
+
+
+class Fp8Linear(Linear):
+    """A Linear whose products are 8-bit while it trains; in eval mode, or for rows the hardware can't, as before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if not self.training or len(rows) % MULTIPLE:
+            return super().forward(x)
+        return Fp8Product.apply(rows, self.weight).view(*x.shape[:-1], -1)
+
+
+def convert_to_fp8(model: nn.Module) -> list[str]:
+    """Make every Linear of the blocks that is wide enough an Fp8Linear, in place; returns their names.
+
+    Names and weights stay, so checkpoints and optimizer do not notice. The last matrix is part of the fused loss and
+    stays as it is. Raises NanochatError if nothing is wide enough.
+    """
+    fit = {name: module for name, module in model.transformer.h.named_modules() if type(module) is Linear and
+           all(size >= SMALLEST and size % MULTIPLE == 0 for size in module.weight.shape)}
+    if not fit:
+        raise NanochatError(f"no matrix of this model suits FP8: each side must be at least {SMALLEST} and a multiple of "
+                            f"{MULTIPLE}; leave --fp8 away")
+    for module in fit.values():
+        module.__class__ = Fp8Linear
+    return [f"transformer.h.{name}" for name in fit]
+
+
+def lacks_fp8(device: torch.device) -> str:
+    """Why a device cannot multiply 8-bit floats; "" if it can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and this is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if (major, minor) >= (8, 9) else f"it needs compute capability 8.9 or later, and this GPU has {major}.{minor}"
+
+# %% [markdown]
+# PyTorch multiplies 8-bit floats on a CPU too, slowly. So the error can be measured anywhere: a few percent in each
+# product, and it averages out over the thousands of products of a step.
+
+# %%
+_ = torch.manual_seed(0)
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+for name, dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
+    every = torch.arange(128, dtype=torch.uint8).view(dtype).float()  # all numbers that are not negative
+    every = every[every.isfinite()]
+    _ = left.plot(every[1:-1], every[1:].diff() / every[1:-1], drawstyle="steps-post", label=name)
+    x = 10 ** torch.linspace(-9, 2, 400)
+    scaled, scale = to_fp8(x, dtype)
+    _ = right.loglog(x, ((scaled.float() * scale - x).abs() / x).clamp(min=1e-4), ".", markersize=3, label=name)
+_ = left.set(xlabel="number", ylabel="gap to the next, relative", title="what the formats hold", xscale="log", yscale="log")
+_ = right.set(xlabel="entry of a tensor whose largest is 100", ylabel="relative error", title="after scaling")
+_ = left.legend()
+_ = right.legend()
+
+layer, x = Fp8Linear(256, 512), torch.randn(64, 256, requires_grad=True)
+exact = F.linear(x, layer.weight)
+error = ((layer(x) - exact).norm() / exact.norm()).item()
+print(f"relative error of a product: {error:.3f}, in eval mode: {(layer.eval()(x) - exact).norm().item():.0f}")
+assert error < 0.05
+
+# %% [markdown]
 # ## Exercises
 #
 # [exercises/04_gpt.ipynb](../exercises/04_gpt.ipynb)

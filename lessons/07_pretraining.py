@@ -1032,6 +1032,7 @@ from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dty
                                  print0, progress, run_cli, start)
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
+from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
 from nanochat_lib.gpt import GPT, build_model
 from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
 from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
@@ -1051,8 +1052,8 @@ class BaseTrain:
     device_type: str = ""              # cuda, mps or cpu; empty: the best there is
     data_dir: str = ""                 # folder of parquet shards; empty: the downloaded corpus
     eval_bundle: str = ""              # folder of CORE's tasks; empty: the real ones, downloaded
-    fp8: Annotated[bool, Flag] = False  # FP8 matrix products (CUDA)
-    fp8_recipe: str = "tensorwise"     # tensorwise or rowwise
+    fp8: Annotated[bool, Flag] = False  # train with 8-bit matrix products (Hopper and later)
+    fp8_recipe: str = "tensorwise"     # one scale for each tensor
     compile: Annotated[bool, Flag] = False     # use torch.compile; neither flag: where it pays
     no_compile: Annotated[bool, Flag] = False  # do not
 
@@ -1101,11 +1102,10 @@ def recipe_of(settings: BaseTrain, vocab_size: int) -> Recipe:
 def check_settings(settings: BaseTrain, runtime: Runtime) -> None:
     """What cannot work is said before any work is done."""
     if settings.fp8:
-        where = runtime.device.type
-        raise NanochatError("--fp8 is not built yet: leave it away to train in bfloat16" if where == "cuda" else
-                            f"--fp8 needs a CUDA device, and this is {where}: leave it away")
-    if settings.fp8_recipe not in ("tensorwise", "rowwise"):
-        raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise or rowwise")
+        if lacks := lacks_fp8(runtime.device):
+            raise NanochatError(f"--fp8 cannot run: {lacks}; leave it away")
+        if settings.fp8_recipe != "tensorwise":
+            raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise")
     if settings.compile and settings.no_compile:
         raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
                             "run decide")
@@ -1159,6 +1159,8 @@ class Run:
         self.loader = self.make_loader("train", meta.get("loader"))
         self.validation = self.make_loader("val")
         self.orig_model = build_model(dial.config, runtime.device)
+        if settings.fp8:
+            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {compute_dtype(runtime.device)}")
         self.optimizer = self.make_optimizer()
         self.scaler = LossScaler(compute_dtype(runtime.device), meta.get("scaler"))
         self.token_bytes = tokenizer.token_bytes().to(runtime.device)

@@ -205,7 +205,7 @@ def test_what_is_missing_or_impossible_is_one_line(data, base_dir, tmp_path, mon
     refused("give 224", total_batch_size=250)
     refused("depth 0", depth=0)
     refused("SX", window_pattern="SX")
-    refused("--fp8 needs a CUDA device", fp8=True)
+    refused("--fp8 cannot run: it needs a CUDA device", fp8=True)
     refused("exclude each other", compile=True, no_compile=True)
     refused("not on this machine", device_type="abacus")
     monkeypatch.setenv("NANOCHAT_DTYPE", "bf16")
