@@ -222,6 +222,8 @@ if not triton_here:  # macOS, Windows: read the kernel here, run it elsewhere
 Keys come in tiles, scores stay on the chip, tiles that a window hides are never visited. Needs torch and triton only.
 """
 
+import re
+
 import torch
 import triton
 import triton.language as tl
@@ -346,6 +348,17 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: i
                          T, H, H // k.size(2), seen, LOG2E / D**0.5, D=D, **sizes)
     return out, lse
 
+
+def compile_cases(capability: int):
+    """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", HEAD_DIMS), (torch.float32, "fp32", (64,))):
+        for D in dims:
+            sizes = block_sizes(D, dtype)
+            options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+            types = {name: f"*{kind}" for name in ("q", "k", "v", "out")} | {"lse": "*fp32", "scale": "fp32"}
+            types |= {name: "i32:16" for name in forward_kernel.arg_names if re.match("[qkv]_|out_", name)}
+            yield f"forward {kind} D={D}", forward_kernel, types, {"D": D, **sizes}, options
+
 # %% [markdown]
 # Run it on a length that is no multiple of any tile, four query heads on two key heads, a window, and compare
 # with the formula. The last line proves that hidden tiles are not visited: their values are not-a-number, and a
@@ -361,6 +374,136 @@ if triton_here:
     v[:, :128] = torch.nan
     result, _ = flash_attention(q, k, v, window=40)
     assert result[:, 256:].isfinite().all()  # the last block starts at 256 and sees keys from 216 on
+
+# %% [markdown]
+# ## What the compiler made of it
+#
+# A kernel that is right can still be slow for a reason that no test of numbers shows: a program's tensors need more
+# registers than a thread has (255), and the rest *spills* to memory; or its tiles need more shared memory than the chip
+# has, and it does not start at all. The compiler says both, and it needs no GPU to do so: `compile_check`
+# builds every kernel as it is launched, for three generations of chips, and reads the machine code's own numbers.
+
+# %%
+#| export kernels/compile_check
+#| cli compile_check
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory on sm_80, sm_90 and sm_100.
+
+    python -m nanochat_lib.kernels.compile_check                       # every kernel of nanochat_lib/kernels
+    python -m nanochat_lib.kernels.compile_check --modules flash_attention --chips 90 --json build/kernels.json
+
+Fails if a kernel spills registers to memory or wants more shared memory than the chip has.
+"""
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochat_lib.common import NanochatError, run_cli, write_json
+
+CHIPS = {80: 163, 90: 227, 100: 227}  # compute capability × 10 → KiB of shared memory that one block may have
+
+
+def modules() -> list[str]:
+    """Modules beside this one that say what they launch, by a function compile_cases(capability)."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if "\ndef compile_cases(" in path.read_text())
+
+
+def build(kernel, types: dict, constants: dict, options: dict, capability: int):
+    """Compile a kernel as it is launched: an argument without a type is "i32", "i32:16" is divisible by 16, pointers are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    while not hasattr(kernel, "cache_key"):  # inside an autotuner or a heuristic
+        kernel = kernel.fn
+    if unknown := {*types, *constants} - set(kernel.arg_names):
+        raise ValueError(f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}")
+    kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds.values()) if kind[0] == "*" or ":16" in kind}
+    source = ASTSource(kernel, {name: kind.removesuffix(":16") for name, kind in kinds.items()}, constants, aligned)
+    return compile(source, GPUTarget("cuda", capability, 32), options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of its registers that spilled to memory, as the machine code says."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], text=True)
+    found = {name: max(map(int, re.findall(rf"\b{name}:(\d+)", text))) for name in ("REG", "STACK", "LOCAL")}
+    return {"registers": found["REG"], "spilled_bytes": max(found["STACK"], found["LOCAL"])}
+
+
+def report(module: str, index: int, capability: int) -> dict:
+    """One row of the table: case `index` of a module, compiled for a chip."""
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it always was; without it Triton 3.9 warns
+    cases = importlib.import_module(f"nanochat_lib.kernels.{module}").compile_cases(capability)
+    label, kernel, types, constants, options = list(cases)[index]
+    row = {"module": module, "case": label, "sm": capability, "fault": ""}
+    try:
+        compiled = build(kernel, types, constants, options, capability)
+    except Exception as error:  # the compiler's own words are the finding
+        return row | {"fault": f"does not compile: {(str(error).splitlines() or [repr(error)])[0]}"}
+    row |= resources(compiled.asm["cubin"]) | {"shared_kib": round(compiled.metadata.shared / 1024, 1),
+                                               "warps": compiled.metadata.num_warps}
+    if row["spilled_bytes"]:
+        row["fault"] = f"spills {row['spilled_bytes']} bytes a thread: give it more warps or smaller tiles"
+    elif row["shared_kib"] > CHIPS[capability]:
+        row["fault"] = f"more shared memory than the {CHIPS[capability]} KiB of sm_{capability}: fewer stages or smaller tiles"
+    return row
+
+
+def check(names: list[str], chips: list[int], jobs: int | None = None) -> list[dict]:
+    """Rows for all cases of these modules on these chips, compiled in `jobs` fresh processes (default: one per core)."""
+    work = [(name, index, capability) for name in names for capability in chips
+            for index in range(len(list(importlib.import_module(f"nanochat_lib.kernels.{name}").compile_cases(capability))))]
+    with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(report, *zip(*work)))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text, faults behind them."""
+    lines = [f"{'kernel':34} {'chip':>6} {'registers':>9} {'spilled':>8} {'shared KiB':>11} {'of':>4} {'warps':>6}"]
+    for row in rows:
+        lines.append(f"{row['module'] + ': ' + row['case']:34} {'sm_' + str(row['sm']):>6} {row.get('registers', '-'):>9} "
+                     f"{row.get('spilled_bytes', '-'):>8} {row.get('shared_kib', '-'):>11} {CHIPS[row['sm']]:>4} "
+                     f"{row.get('warps', '-'):>6}  {row['fault']}".rstrip())
+    return "\n".join(lines)
+
+
+@dataclass
+class Settings:
+    """What to compile."""
+
+    modules: list[str] = field(default_factory=modules)  # of nanochat_lib/kernels
+    chips: list[int] = field(default_factory=lambda: list(CHIPS))  # compute capability × 10
+    json: Path | None = None  # write the rows there too
+    jobs: int | None = None  # processes; default: one per core
+
+
+def compile_check(settings: Settings) -> None:
+    """Compile every kernel, print what it takes, and fail on a spill or on too much shared memory."""
+    for what, asked, have in (("module", settings.modules, modules()), ("chip", settings.chips, CHIPS)):
+        if unknown := [str(value) for value in asked if value not in have]:
+            raise NanochatError(f"no kernels for {what} {', '.join(unknown)}: choose from {', '.join(map(str, have))}")
+    if importlib.util.find_spec("triton") is None:
+        raise NanochatError("Triton is not installed, and only Linux has it: there, pip install triton")
+    rows = check(settings.modules, settings.chips, settings.jobs)
+    print(table(rows))
+    if settings.json:
+        settings.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(settings.json, rows)
+    if bad := sum(bool(row["fault"]) for row in rows):
+        raise NanochatError(f"{bad} of {len(rows)} kernels cannot stay as they are: choose other sizes in their module")
 
 # %%
 if not triton_here:

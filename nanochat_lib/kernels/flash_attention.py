@@ -4,6 +4,8 @@
 Keys come in tiles, scores stay on the chip, tiles that a window hides are never visited. Needs torch and triton only.
 """
 
+import re
+
 import torch
 import triton
 import triton.language as tl
@@ -115,3 +117,14 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: i
     forward_kernel[grid](q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                          T, H, H // k.size(2), seen, LOG2E / D**0.5, D=D, **sizes)
     return out, lse
+
+
+def compile_cases(capability: int):
+    """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", HEAD_DIMS), (torch.float32, "fp32", (64,))):
+        for D in dims:
+            sizes = block_sizes(D, dtype)
+            options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+            types = {name: f"*{kind}" for name in ("q", "k", "v", "out")} | {"lse": "*fp32", "scale": "fp32"}
+            types |= {name: "i32:16" for name in forward_kernel.arg_names if re.match("[qkv]_|out_", name)}
+            yield f"forward {kind} D={D}", forward_kernel, types, {"D": D, **sizes}, options
