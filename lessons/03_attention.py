@@ -210,61 +210,57 @@ print("T = 8192:", {name: f"{traffic(8192, **settings) / 2**20:.0f} MiB" for nam
 triton_here = importlib.util.find_spec("triton") is not None
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-if not triton_here:  # macOS, Windows: read the kernel here, run it elsewhere
+mocked = [] if triton_here else ["triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor"]
+if mocked:  # macOS, Windows: read the kernel here, run it elsewhere
     from unittest.mock import MagicMock
 
-    sys.modules.update({"triton": MagicMock(), "triton.language": MagicMock()})
+    sys.modules.update({name: MagicMock() for name in mocked})
 
 # %%
 #| export kernels/flash_attention
-"""Flash attention, forward (Dao et al., 2022; Dao, 2023): causal, sliding window, grouped queries; layout (B, T, H, D).
+"""Flash attention (Dao et al., 2022; Dao, 2023), forward and backward: causal, sliding window, grouped queries.
 
-Keys come in tiles, scores stay on the chip, tiles that a window hides are never visited. Needs torch and triton only.
+Keys come in tiles, scores stay on the chip, tiles that a window hides are never visited; no atomics, so the same
+input gives the same bits. Layout (B, T, H, D). Needs torch and triton only.
 """
-
-import re
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETING = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy instead of a GPU
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOG2E = 1.4426950408889634  # exponentials are base 2: it is what the hardware has
+LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: it is what the hardware has
 
 # %% [markdown]
-# First the step you know: one tile of keys after another, running maximum, rescaling. Two details. Rows at
-# the left edge of a window may see nothing of a tile; their maximum is still −∞, and −∞ − (−∞) is not a number, hence
-# `reference`. And `MASKED` is a compile-time constant: inner tiles are compiled without the comparison.
+# First the step you know: one tile of keys after another, running maximum, rescaling. Three details.
+#
+# - A tile is fetched by the chip's copy engine: `k_all` *describes* the tensor (where it lies, its shape and strides),
+#   and `load` names the corner. What lies past the end reads as zero, so no load needs a mask.
+# - Scores stay as the product gives them; `scores * scale - top` is one multiply-add, with the log₂ e of base 2
+#   in `scale`.
+# - `MASKED` is a compile-time constant: inner tiles are compiled without the comparison. A row at a window's left edge
+#   may see nothing of a tile; its maximum then stays at −10³⁰ rather than −∞, since −∞ − (−∞) is not a number.
 
 # %%
 #| export kernels/flash_attention
 @triton.jit
-def visit_tiles(acc, total, top, q, k_head, v_head, k_stride, v_stride, rows, first, end, T, window, scale,
-                D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, first, end, window, scale,
+               D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """Update acc (M, D), running sum and maximum (M,) with the key tiles of [first, end)."""
-    dims = tl.arange(0, D)
     for start in range(first, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k_tile = k_head + keys[None, :] * k_stride + dims[:, None]  # (D, N): already transposed
-        v_tile = v_head + keys[:, None] * v_stride + dims[None, :]  # (N, D)
+        k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
+        scores = tl.dot(q, k.T, input_precision="tf32x3")  # (M, N) float32
         if MASKED:
-            k = tl.load(k_tile, mask=keys[None, :] < T, other=0.0)
-            v = tl.load(v_tile, mask=keys[:, None] < T, other=0.0)
-        else:
-            k = tl.load(k_tile)
-            v = tl.load(v_tile)
-        scores = tl.dot(q, k, input_precision="tf32x3") * scale  # (M, N) float32, in units of log 2
-        if MASKED:
-            distance = rows[:, None] - keys[None, :]
-            seen = (distance >= 0) & (distance <= window) & (keys[None, :] < T)
-            scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - reference[:, None])
-        rescale = tl.exp2(top - reference)
+            distance = rows[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
+            scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # in units of log 2
+        weights = tl.exp2(scores * scale - new_top[:, None])
+        rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(weights, 1)
+        v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="tf32x3")
         top = new_top
     return acc, total, top
@@ -276,88 +272,85 @@ def visit_tiles(acc, total, top, q, k_head, v_head, k_stride, v_stride, rows, fi
 # %%
 #| export kernels/flash_attention
 @triton.jit
-def forward_kernel(q, k, v, out, lse, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-                   out_batch, out_token, out_head, T, H, group, window, scale,
+def key_stretches(start, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Key tiles that queries start … start + BLOCK_M − 1 visit: [first, whole) masked, [whole, diagonal) not, then masked."""
+    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N
+    diagonal = start // BLOCK_N * BLOCK_N  # tiles before it hold only keys that every row has passed…
+    whole = (tl.maximum(start + BLOCK_M - 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N  # …and the last row sees
+    return first, tl.minimum(tl.maximum(whole, first), diagonal), diagonal
+
+
+@triton.jit
+def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
                    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One block of BLOCK_M queries of one head: `out` (B, T, H, D), natural logsumexp `lse` (B, H, T) float32."""
-    blocks = tl.num_programs(0)
-    start = (blocks - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first, so that no straggler comes last
-    batch = (tl.program_id(1) // H).to(tl.int64)
-    head = tl.program_id(1) % H
+    """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: no straggler comes last
+    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     kv_head = head // group
     rows = start + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, D)
-    inside = rows[:, None] < T
-    q_start = q + batch * q_batch + head * q_head
-    q_block = tl.load(q_start + rows[:, None] * q_token + dims[None, :], mask=inside, other=0.0)
-    k_start = k + batch * k_batch + kv_head * k_head
-    v_start = v + batch * v_batch + kv_head * v_head
-
-    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N
-    diagonal = start // BLOCK_N * BLOCK_N  # tiles before it hold only keys that every row has passed
-    whole = (tl.maximum(start + BLOCK_M - 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N  # …that the last row sees
-    whole = tl.minimum(tl.maximum(whole, first), diagonal)
-    end = tl.minimum(start + BLOCK_M, T)
+    q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
+    first, whole, diagonal = key_stretches(start, window, BLOCK_M, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    acc, total, top = visit_tiles(acc, total, top, q_block, k_start, v_start, k_token, v_token, rows, first, whole,
-                                  T, window, scale, D, BLOCK_N, True)
-    acc, total, top = visit_tiles(acc, total, top, q_block, k_start, v_start, k_token, v_token, rows, whole, diagonal,
-                                  T, window, scale, D, BLOCK_N, False)
-    acc, total, top = visit_tiles(acc, total, top, q_block, k_start, v_start, k_token, v_token, rows, diagonal, end,
-                                  T, window, scale, D, BLOCK_N, True)
+    top = tl.full([BLOCK_M], -1e30, tl.float32)
+    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, first, whole,
+                                 window, scale, D, BLOCK_N, True)
+    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, whole, diagonal,
+                                 window, scale, D, BLOCK_N, False)
+    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, diagonal, start + BLOCK_M,
+                                 window, scale, D, BLOCK_N, True)
 
-    total = tl.where(rows < T, total, 1.0)
-    top = tl.where(rows < T, top, 0.0)
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + batch * out_batch + head * out_head + rows[:, None] * out_token + dims[None, :], result, mask=inside)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * T + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < T)
+    out_all.store([batch, head, start, 0], (acc / total[:, None]).to(out_all.dtype).reshape(1, 1, BLOCK_M, D))
+    line = tl.program_id(1).to(tl.int64) * T
+    tl.store(lse_all + line + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
+
+# %% [markdown]
+# Around a kernel: tile sizes, descriptors, the launch. It is registered with PyTorch as an operator of its own;
+# `torch.compile` then puts the call into its graph without looking inside. For that it needs to know the
+# result's shape (`register_fake`), and later the gradient.
 
 # %%
 #| export kernels/flash_attention
-def block_sizes(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch settings: large tiles for two-byte numbers, which go to the tensor cores."""
+def settings(kernel: str, D: int, dtype: torch.dtype, chip: int = 90) -> dict[str, int]:
+    """Tile sizes and launch settings of a kernel ("forward", "dq" or "dkdv") for a head dimension."""
     if dtype == torch.float32:
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
+    if D == 256:
         return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
-    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8 if head_dim == 128 else 4, num_stages=3)
+    if kernel == "dkdv":
+        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
 
 
-def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None,
-                    out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of q (B, T, H, D) to k, v (B, T, KVH, D), any strides: output like q, and logsumexp (B, H, T).
+def describe(x: torch.Tensor, block: int) -> TensorDescriptor:
+    """x (B, T, H, D), any strides, as the copy engine takes it: tiles of `block` tokens of one head, zeros past T."""
+    B, T, H, D = x.shape
+    strides = [D if n == 1 else s for n, s in zip(x.shape[:3], x.stride())]
+    if x.stride(3) != 1 or x.data_ptr() % 16 or any(s == 0 or s * x.element_size() % 16 for s in strides):
+        x, strides = x.clone(memory_format=torch.contiguous_format), [T * H * D, H * D, D]
+    return TensorDescriptor(x, [B, H, T, D], [strides[0], strides[2], strides[1], 1], [1, 1, block, D])
 
-    A query sees itself and `window` keys before it (None: all). No gradient. Other shapes or dtypes: ValueError.
-    """
-    B, T, H, D = q.shape
-    if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != D or H % k.size(2):
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if D not in HEAD_DIMS or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"head dimension {D}, dtype {q.dtype}: the kernel takes {HEAD_DIMS} and one of {DTYPES}")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+
+@torch.library.custom_op("nanochat::flash_forward", mutates_args=())
+def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output like q, and logsumexp (B, H, T) float32; arguments as `flash_attention` has checked them."""
     if INTERPRETING and q.dtype == torch.bfloat16:  # the interpreter is silently wrong in bfloat16
-        result, lse = flash_attention(q.float(), k.float(), v.float(), window)
-        return out.copy_(result), lse
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    sizes = block_sizes(D, q.dtype)
-    grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
-    seen = T if window is None else min(window, T)
-    forward_kernel[grid](q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                         T, H, H // k.size(2), seen, LOG2E / D**0.5, D=D, **sizes)
+        out, lse = flash_forward(q.float(), k.float(), v.float(), window)
+        return out.to(q.dtype), lse
+    B, T, H, D = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    sizes = settings("forward", D, q.dtype)
+    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    forward_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M), lse,
+                                             T, H, H // k.size(2), window, LOG2E.value / D**0.5, D=D, **sizes)
     return out, lse
 
 
-def compile_cases(capability: int):
-    """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
-    for dtype, kind, dims in ((torch.bfloat16, "bf16", HEAD_DIMS), (torch.float32, "fp32", (64,))):
-        for D in dims:
-            sizes = block_sizes(D, dtype)
-            options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-            types = {name: f"*{kind}" for name in ("q", "k", "v", "out")} | {"lse": "*fp32", "scale": "fp32"}
-            types |= {name: "i32:16" for name in forward_kernel.arg_names if re.match("[qkv]_|out_", name)}
-            yield f"forward {kind} D={D}", forward_kernel, types, {"D": D, **sizes}, options
+@flash_forward.register_fake
+def _(q, k, v, window):
+    return q.new_empty(q.shape), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
 
 # %% [markdown]
 # Run it on a length that is no multiple of any tile, four query heads on two key heads, a window, and compare
@@ -368,12 +361,237 @@ def compile_cases(capability: int):
 if triton_here:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = (torch.randn(1, 301, heads, 32, device=device) for heads in (4, 2, 2))
-    for window in (None, 0, 70):
-        result, _ = flash_attention(q, k, v, window)
+    for window in (301, 0, 70):
+        result, _ = flash_forward(q, k, v, window)
         torch.testing.assert_close(result, reference_attention(q, k, v, window), rtol=1e-4, atol=1e-5)
     v[:, :128] = torch.nan
-    result, _ = flash_attention(q, k, v, window=40)
+    result, _ = flash_forward(q, k, v, 40)
     assert result[:, 256:].isfinite().all()  # the last block starts at 256 and sees keys from 216 on
+
+# %% [markdown]
+# ## Backward: recompute, do not remember
+#
+# Given the gradient $do$ of the output, the chain rule wants all weights $p$ once more. Keeping them would cost the
+# T × T memory that we just saved, so a tile of them is *recomputed*: with the logsumexp of its row at hand,
+# $p_{ij} = e^{s_{ij} - \mathrm{lse}_i}$ is final at once, no running maximum, no rescaling. Then
+#
+# $$dv_j = \sum_i p_{ij}\, do_i \qquad dp_{ij} = do_i \cdot v_j \qquad ds_{ij} = p_{ij}\,(dp_{ij} - \delta_i) \qquad
+# dq_i = \tfrac{1}{\sqrt D} \sum_j ds_{ij}\, k_j \qquad dk_j = \tfrac{1}{\sqrt D} \sum_i ds_{ij}\, q_i$$
+#
+# The $\delta_i = \sum_j p_{ij}\, dp_{ij}$ of the softmax looks like trouble: a sum over *all* keys, needed before the
+# first tile. But $\sum_j p_{ij}\,(do_i \cdot v_j) = do_i \cdot \sum_j p_{ij} v_j = do_i \cdot o_i$: one short product
+# of two rows that lie in memory already. On one head of 48 tokens with a window of 16, by the formulas and by autograd:
+
+# %%
+q, k, v, do = (torch.randn(48, 16, dtype=torch.float64, requires_grad=True) for _ in range(4))
+hidden = ~visible(torch.arange(48), torch.arange(48), 16)
+s = (q @ k.T / 16**0.5).masked_fill(hidden, -torch.inf)
+o, lse = s.softmax(1) @ v, s.logsumexp(1)
+with torch.no_grad():
+    p = (s - lse[:, None]).exp()
+    delta = (do * o).sum(1)
+    dp = do @ v.T
+    ds = p * (dp - delta[:, None])
+    ours = ds @ k / 16**0.5, ds.T @ q / 16**0.5, p.T @ do
+for got, expected in zip(ours, torch.autograd.grad(o, (q, k, v), do)):
+    torch.testing.assert_close(got, expected)
+
+figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None], "ds = p · (dp − δ)": ds}.items()):
+    axis.imshow(values.detach(), cmap="RdBu", vmin=-values.abs().max(), vmax=values.abs().max())
+    axis.set(title=name, xlabel="key", ylabel="query")
+
+# %% [markdown]
+# Only the band's tiles of $dp$ are ever needed. Who sums up what? $dq_i$ is a sum over keys: a program that owns a block
+# of queries walks over key tiles, as in forward. $dk_j$ and $dv_j$ are sums over queries: a program that owns a block of
+# keys walks over query tiles. One kernel could do both and recompute once, but then many programs add to the same $dq$,
+# in whatever order they finish: the last bits would differ from run to run. Two kernels do seven products instead
+# of five, and every number has one writer.
+
+# %%
+#| export kernels/flash_attention
+@triton.jit
+def dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, first, end, window, scale,
+             D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Add to dq (M, D) what the key tiles of [first, end) give; lse in units of log 2."""
+    for start in range(first, end, BLOCK_N):
+        k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
+        p = tl.exp2(tl.dot(q, k.T, input_precision="tf32x3") * scale - lse[:, None])  # (M, N)
+        if MASKED:
+            distance = rows[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
+            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
+        v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
+        ds = p * (tl.dot(do, v.T, input_precision="tf32x3") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
+    return dq
+
+
+@triton.jit
+def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
+              D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    kv_head = head // group
+    rows = start + tl.arange(0, BLOCK_M)
+    line = tl.program_id(1).to(tl.int64) * T
+    do = do_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
+    out = out_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_all + line + rows, delta, mask=rows < T)
+    lse = tl.load(lse_all + line + rows, mask=rows < T, other=0.0) * LOG2E
+    q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
+    first, whole, diagonal = key_stretches(start, window, BLOCK_M, BLOCK_N)
+
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, first, whole,
+                  window, scale, D, BLOCK_N, True)
+    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, whole, diagonal,
+                  window, scale, D, BLOCK_N, False)
+    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, diagonal, start + BLOCK_M,
+                  window, scale, D, BLOCK_N, True)
+    dq_all.store([batch, head, start, 0], (dq * factor).to(dq_all.dtype).reshape(1, 1, BLOCK_M, D))
+
+# %% [markdown]
+# The other kernel is its mirror image: keys are the rows, every product is transposed, and the loop runs over
+# the queries that see this block of keys, from the diagonal to `window` further. With grouped queries it runs
+# over them once per head of the group, and the sum over the group costs nothing.
+
+# %%
+#| export kernels/flash_attention
+@triton.jit
+def dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_line, delta_line, batch, head, keys, first, end, T, window, scale,
+               D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """Add to dk, dv (N, D) what the query tiles of [first, end) give."""
+    for start in range(first, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_line + rows, mask=rows < T, other=0.0) * LOG2E
+        q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
+        p = tl.exp2(tl.dot(k, q.T, input_precision="tf32x3") * scale - lse[None, :])  # (N, M)
+        if MASKED:
+            distance = rows[None, :] - keys[:, None]
+            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
+        do = do_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32x3")
+        delta = tl.load(delta_line + rows, mask=rows < T, other=0.0)
+        ds = p * (tl.dot(v, do.T, input_precision="tf32x3") - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
+    return dk, dv
+
+
+@triton.jit
+def dkdv_kernel(q_all, k_all, v_all, do_all, dk_all, dv_all, lse_all, delta_all, T, KVH, group, window, scale, factor,
+                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dk and dv of one block of keys of one key head, from all heads of its group."""
+    start = tl.program_id(0) * BLOCK_N  # the first keys are seen by most: longest first again
+    batch, kv_head = tl.program_id(1) // KVH, tl.program_id(1) % KVH
+    keys = start + tl.arange(0, BLOCK_N)
+    k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
+    v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
+    first = start // BLOCK_M * BLOCK_M
+    end = tl.minimum(start + BLOCK_N + window, T)  # no later query sees any of these keys
+    passed = tl.minimum((start + BLOCK_N + BLOCK_M - 2) // BLOCK_M * BLOCK_M, end)  # from here on every row has passed all…
+    whole = tl.minimum(tl.maximum((start + window + 1) // BLOCK_M * BLOCK_M, passed), end)  # …up to here it sees the first
+
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        line = (batch * KVH * group + head).to(tl.int64) * T
+        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
+                            first, passed, T, window, scale, D, BLOCK_M, True)
+        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
+                            passed, whole, T, window, scale, D, BLOCK_M, False)
+        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
+                            whole, end, T, window, scale, D, BLOCK_M, True)
+    dk_all.store([batch, kv_head, start, 0], (dk * factor).to(dk_all.dtype).reshape(1, 1, BLOCK_N, D))
+    dv_all.store([batch, kv_head, start, 0], dv.to(dv_all.dtype).reshape(1, 1, BLOCK_N, D))
+
+# %%
+#| export kernels/flash_attention
+@torch.library.custom_op("nanochat::flash_backward", mutates_args=())
+def flash_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                   lse: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of `flash_forward`, from the gradient of its output."""
+    if INTERPRETING and q.dtype == torch.bfloat16:
+        wide = flash_backward(*(x.float() for x in (grad, q, k, v, out)), lse, window)
+        return tuple(x.to(q.dtype) for x in wide)
+    (B, T, H, D), KVH = q.shape, k.size(2)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    scale, factor = LOG2E.value / D**0.5, D**-0.5
+    sizes = settings("dq", D, q.dtype)
+    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    dq_kernel[triton.cdiv(T, M), B * H](
+        describe(q, M), describe(k, N), describe(v, N), describe(out, M), describe(grad, M), describe(dq, M), lse, delta,
+        T, H, H // KVH, window, scale, factor, D=D, **sizes)
+    sizes = settings("dkdv", D, q.dtype)
+    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    dkdv_kernel[triton.cdiv(T, N), B * KVH](
+        describe(q, M), describe(k, N), describe(v, N), describe(grad, M), describe(dk, N), describe(dv, N), lse, delta,
+        T, KVH, H // KVH, window, scale, factor, D=D, **sizes)
+    return dq, dk, dv
+
+
+@flash_backward.register_fake
+def _(grad, q, k, v, out, lse, window):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def remember(ctx, inputs, output):
+    """What backward needs: O(T), never the weights."""
+    q, k, v, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def pull_back(ctx, grad, _):
+    """Gradients of q, k, v, window."""
+    return *flash_backward(grad, *ctx.saved_tensors, ctx.window), None
+
+
+flash_forward.register_autograd(pull_back, setup_context=remember)
+
+# %%
+#| export kernels/flash_attention
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                    window: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of q (B, T, H, D) to k, v (B, T, KVH, D), any strides: output like q, and logsumexp (B, H, T).
+
+    A query sees itself and `window` keys before it (None: all). The output is differentiable, the logsumexp is not.
+    Other shapes or dtypes: ValueError.
+    """
+    B, T, H, D = q.shape
+    if k.shape != v.shape or k.shape[:2] != (B, T) or k.size(3) != D or H % k.size(2):
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if D not in HEAD_DIMS or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"head dimension {D}, dtype {q.dtype}: the kernel takes {HEAD_DIMS} and one of {DTYPES}")
+    return flash_forward(q, k, v, T if window is None else min(window, T))
+
+
+def compile_cases(capability: int):
+    """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", HEAD_DIMS), (torch.float32, "fp32", HEAD_DIMS)):
+        for name, kernel in (("forward", forward_kernel), ("dq", dq_kernel), ("dkdv", dkdv_kernel)):
+            for D in dims:
+                sizes = settings(name, D, dtype, capability)
+                options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
+                types = {x: "*fp32" for x in ("lse_all", "delta_all")} | {"scale": "fp32", "factor": "fp32"}
+                for x in ("q", "k", "v", "out", "do", "dq", "dk", "dv"):
+                    types[f"{x}_all"] = f"tensordesc<{kind}[1, 1, {sizes['BLOCK_N' if x in ('k', 'v', 'dk', 'dv') else 'BLOCK_M']}, {D}]>"
+                yield (f"{name} {kind} D={D}", kernel, {x: types[x] for x in types if x in kernel.arg_names},
+                       {"D": D, **sizes}, options)
+
+# %% [markdown]
+# The gradient of our kernels against that of the formula, two query heads on one key head:
+
+# %%
+if triton_here:
+    q, k, v = (torch.randn(1, 150, heads, 32, device=device, requires_grad=True) for heads in (2, 1, 1))
+    for window in (None, 40):
+        result, expected = flash_attention(q, k, v, window)[0], reference_attention(q, k, v, window)
+        do = torch.randn_like(result)
+        for got, wanted in zip(torch.autograd.grad(result, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
 # ## What the compiler made of it
@@ -506,8 +724,8 @@ def compile_check(settings: Settings) -> None:
         raise NanochatError(f"{bad} of {len(rows)} kernels cannot stay as they are: choose other sizes in their module")
 
 # %%
-if not triton_here:
-    del sys.modules["triton"], sys.modules["triton.language"]
+for name in mocked:
+    del sys.modules[name]
 
 # %% [markdown]
 # ## The same idea on a CPU
@@ -647,8 +865,6 @@ def lacks(way: str, q: torch.Tensor) -> str:
         return "it needs a CUDA GPU of compute capability 8.0 or later"
     if q.size(3) not in (32, 64, 128):
         return f"head dimension {q.size(3)} is none of 32, 64, 128"
-    if way == "triton" and torch.is_grad_enabled() and q.requires_grad:
-        return "our kernel has no backward pass"
     return ""
 
 # %%
@@ -707,7 +923,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | N
 # %%
 #| export
 def triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Our kernel; no gradient."""
+    """Our kernel."""
     from nanochat_lib.kernels.flash_attention import flash_attention  # triton only where it is used
 
     return flash_attention(q, k, v, window)[0]
@@ -786,6 +1002,14 @@ _ = plt.legend()
 
 # %%
 #| export
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor,
+           window: int | None = None) -> torch.Tensor:
+    """Our decoding kernel."""
+    from nanochat_lib.kernels.decoding import decode_attention
+
+    return decode_attention(q, k, v, lengths, window)
+
+
 @torch.no_grad()
 def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor,
                      window: int | None = None) -> torch.Tensor:
@@ -832,6 +1056,398 @@ def cache_mib(kv_heads, layers=24, tokens=2048, windowed=0.75, D=128):
 
 print(f"full layers: {cache_mib(12, windowed=0):.0f} MiB; windows: {cache_mib(12):.0f} MiB; "
       f"windows and 4 key heads: {cache_mib(4):.0f} MiB")
+
+# %% [markdown]
+# ## Measured
+#
+# A claim about speed is a race: all contestants in one process, in turns (a machine warms up, throttles and is shared),
+# medians, and next to them the roof, what the chip does when it only multiplies or only copies. GPUs run behind: work is
+# queued while a long pause keeps the GPU busy, and its own clock stamps begin and end; before each run the cache is
+# overwritten, so that nobody finds a rival's keys there.
+
+# %%
+#| export timing
+"""Races: how long several ways to compute the same take, in turns on one machine, as medians."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+PAUSE = 4_000_000  # GPU cycles, about 2 ms: enough to queue a round
+FLUSH = 2**28  # bytes, more than any L2 cache
+
+
+def queue_round(contestants: dict[str, Callable[[], object]], flush: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of one run of each on the current CUDA device, by its own clock."""
+    stamps = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in contestants}
+    torch.cuda._sleep(PAUSE)
+    for name, run in contestants.items():
+        flush.zero_()
+        stamps[name][0].record()
+        run()
+        stamps[name][1].record()
+    torch.cuda.synchronize()
+    return {name: begin.elapsed_time(end) for name, (begin, end) in stamps.items()}
+
+
+def clock_round(contestants: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of one run of each on the CPU."""
+    times = {}
+    for name, run in contestants.items():
+        begin = time.perf_counter()
+        run()
+        times[name] = 1000 * (time.perf_counter() - begin)
+    return times
+
+
+def race(contestants: dict[str, Callable[[], object]], device: torch.device | str, rounds: int = 20,
+         seconds: float = 2.0) -> tuple[dict[str, float], dict[str, str]]:
+    """Medians in milliseconds of interleaved rounds, and why each contestant that raised is not among them.
+
+    Every contestant runs twice unmeasured (compilers, caches). Stops after `rounds` or `seconds`, but after three rounds.
+    """
+    on_gpu, able, failed = torch.device(device).type == "cuda", {}, {}
+    for name, run in contestants.items():
+        try:
+            run(), run()
+            if on_gpu:
+                torch.cuda.synchronize()
+            able[name] = run
+        except Exception as error:  # what this machine lacks is a finding
+            failed[name] = (str(error).strip().splitlines() or [repr(error)])[0][:100]
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=device) if on_gpu else None
+    times, begin = {name: [] for name in able}, time.perf_counter()
+    for number in range(rounds if able else 0):
+        if number >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name, value in (queue_round(able, flush) if on_gpu else clock_round(able)).items():
+            times[name].append(value)
+    return {name: statistics.median(values) for name, values in times.items()}, failed
+
+# %%
+#| export kernel_races
+"""What is raced: our kernels, PyTorch's, and the chip's roof, on the shapes that the targets name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanochat_lib import attention as ways
+from nanochat_lib.common import print0
+from nanochat_lib.timing import race
+
+
+@dataclass
+class Bench:
+    """Rows as they are measured, each printed at once: part, case, way, milliseconds, rate and its unit."""
+
+    device: torch.device
+    quick: bool = False
+    rows: list[dict] = field(default_factory=list)
+
+    def measure(self, part: str, case: str, contestants: dict[str, Callable], work: float | dict = 0, unit: str = "",
+                peaks: dict[str, float] | None = None) -> None:
+        """Race these; `work` is what one run does, in FLOP or bytes, of all or of each; `peaks` their memory in MiB."""
+        times, failed = race(contestants, self.device, *((5, 0.5) if self.quick else (15, 2.0)))
+        for name in contestants:
+            row = {"part": part, "case": case, "way": name}
+            if name in failed:
+                row["failed"] = failed[name]
+            else:
+                done = work[name] if isinstance(work, dict) else work
+                scale = 1e12 if unit == "TFLOP/s" else 1e9
+                row |= {"ms": times[name]} | ({"rate": done / times[name] * 1e3 / scale, "unit": unit} if done else {})
+                row |= {"peak_mib": peaks[name]} if peaks and name in peaks else {}
+            self.add(row)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        value = f"{row['ms']:10.3f} ms" if "ms" in row else f"not here: {row['failed']}"
+        rate = f"{row['rate']:9.1f} {row['unit']}" if "rate" in row else ""
+        memory = f"  {row['peak_mib']:8.0f} MiB" if "peak_mib" in row else ""
+        print0(f"{row['part']:20} {row['case']:22} {row['way']:24} {value}{rate}{memory}")
+
+    def get(self, part: str, case: str, way: str, what: str = "ms") -> float:
+        """One measured figure; nan if it is not there."""
+        wanted = (part, case, way)
+        found = [row[what] for row in self.rows if (row["part"], row["case"], row["way"]) == wanted and what in row]
+        return found[0] if found else float("nan")
+
+# %% [markdown]
+# Attention's work is counted in pairs that are seen, so that nobody earns TFLOP/s for computing what the mask throws
+# away: two products forward, five backward, two operations for each of `D` numbers.
+
+# %%
+#| export kernel_races
+def pairs(T: int, window: int | None) -> int:
+    """How many (query, key) pairs a head sees."""
+    seen = T if window is None else min(window + 1, T)
+    return seen * (seen + 1) // 2 + (T - seen) * seen
+
+
+def of_pytorch(backend: SDPBackend) -> Callable:
+    def run(q, k, v, window=None):
+        with sdpa_kernel(backend):
+            return ways.sdpa(q, k, v)
+
+    return run
+
+
+SDPA = {"cuDNN": of_pytorch(SDPBackend.CUDNN_ATTENTION), "flash (PyTorch)": of_pytorch(SDPBackend.FLASH_ATTENTION),
+        "efficient (PyTorch)": of_pytorch(SDPBackend.EFFICIENT_ATTENTION)}
+OURS = {"ours": ways.triton_attention}
+FLEX = {"FlexAttention": ways.flex}
+
+
+def backward_of(run: Callable, leaves: tuple[torch.Tensor, ...]) -> Callable:
+    """The backward pass alone: its forward runs once, when it is first called."""
+    kept = []
+
+    def again():
+        if not kept:
+            out = run(*leaves)
+            kept.extend((out, torch.randn_like(out)))
+        torch.autograd.grad(kept[0], leaves, kept[1], retain_graph=True)
+
+    return again
+
+
+def attention_rows(bench: Bench, B: int, T: int, window: int, H: int = 16, D: int = 128) -> None:
+    """Forward, backward and windowed, bfloat16."""
+    q, k, v = (torch.randn(B, T, H, D, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    case, window_case = f"T {T:,}", f"T {T:,}, window {window:,}"
+    every = OURS | SDPA | FLEX
+    flop = 4 * B * H * D * pairs(T, None)
+
+    def forward(run, seen=None):
+        def once():
+            with torch.no_grad():
+                run(q, k, v, seen)
+        return once
+
+    def both(run, seen=None):
+        return lambda: torch.autograd.grad(run(q, k, v, seen).sum(), (q, k, v))
+
+    bench.measure("forward", case, {name: forward(run) for name, run in every.items()}, flop, "TFLOP/s")
+    contestants = {name: backward_of(run, (q, k, v)) for name, run in every.items()}
+    bench.measure("backward", case, contestants, 2.5 * flop, "TFLOP/s")
+    banded = 4 * B * H * D * pairs(T, window)
+    contestants = {name: forward(run, window) for name, run in (OURS | FLEX).items()}
+    bench.measure("forward", window_case, contestants, banded, "TFLOP/s")
+    contestants = {name: both(run, window) for name, run in (OURS | FLEX).items()}
+    contestants |= {f"{name}, full": both(SDPA[name]) for name in ("cuDNN", "flash (PyTorch)")}
+    work = {name: 3.5 * (flop if name.endswith("full") else banded) for name in contestants}
+    bench.measure("forward + backward", window_case, contestants, work, "TFLOP/s")
+
+
+def decoding_rows(bench: Bench, B: int, H: int = 16, KVH: int = 16, S: int = 2048, D: int = 128) -> None:
+    """One new token a row against a cache of S tokens; counted in bytes of keys and values."""
+    q = torch.randn(B, 1, H, D, device=bench.device, dtype=torch.bfloat16)
+    k, v = (torch.randn(B, KVH, S, D, device=bench.device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    lengths = torch.full((B,), S - 1, device=bench.device)
+    mask = ways.visible(lengths[:, None, None], torch.arange(S, device=bench.device))
+    contestants = {"ours": lambda: ways.decode(q, k, v, lengths), "PyTorch, masked": lambda: ways.sdpa(q, k, v, mask)}
+    case = f"batch {B}" + (f", {KVH} key heads" if KVH < H else "")
+    bench.measure("decoding", case, contestants, 2 * k.nbytes, "GB/s")
+
+
+def loss_rows(bench: Bench, tokens: int, vocab: int, width: int) -> None:
+    """The loss of a whole batch, forward and backward: time, and the memory it needs beside its inputs."""
+    on_gpu = bench.device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    x = torch.randn(tokens, width, device=bench.device, dtype=dtype, requires_grad=True)
+    weight = (0.05 * torch.randn(vocab, width, device=bench.device, dtype=dtype)).requires_grad_()
+    targets = torch.randint(vocab, (tokens,), device=bench.device)
+    targets[::10] = -1
+
+    def plain(x, weight, targets):
+        return F.cross_entropy(15 * torch.tanh(F.linear(x, weight).float() / 15), targets, ignore_index=-1)
+
+    def once(loss):
+        return lambda: torch.autograd.grad(loss(x, weight, targets), (x, weight))
+
+    contestants = {"ours": once(our_loss), "PyTorch": once(plain)}
+    if on_gpu:
+        contestants |= {"PyTorch, compiled": once(torch.compile(plain)), "in chunks": once(chunked_loss)}
+    case, peaks = f"{tokens:,} × {vocab:,}", {}
+    for name, run in contestants.items() if on_gpu else ():
+        try:
+            run()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        except Exception:  # the race says why
+            continue
+    bench.measure("loss", case, contestants, 6 * tokens * vocab * width, "TFLOP/s", peaks)
+
+
+def our_loss(x, weight, targets):
+    """What the model calls: the kernel on a GPU, its chunked twin elsewhere."""
+    from nanochat_lib.loss import softcap_cross_entropy
+
+    return softcap_cross_entropy(x, weight, targets)
+
+
+def chunked_loss(x, weight, targets):
+    """The twin in plain PyTorch, on any device."""
+    from nanochat_lib.loss import chunked_cross_entropy
+
+    return chunked_cross_entropy(x, weight, targets)
+
+
+def roof_rows(bench: Bench) -> None:
+    """What this GPU does when it only multiplies (bfloat16, 8,192³), or only copies (1 GiB, read and written)."""
+    a, b = (torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    bench.measure("roof", "8,192³", {"matmul": lambda: a @ b}, 2 * 8192**3, "TFLOP/s")
+    source, target = (torch.empty(2**29, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    bench.measure("roof", "1 GiB", {"copy": lambda: target.copy_(source)}, 2 * source.nbytes, "GB/s")
+
+
+def cpu_rows(bench: Bench) -> None:
+    """What a CPU can race: a window against the full context, the loss against the plain formula."""
+    q, k, v = (torch.randn(1, 2048, 4, 64, requires_grad=True) for _ in range(3))
+    pull = torch.randn_like(q)
+
+    def both(window):
+        return lambda: torch.autograd.grad(ways.attention(q, k, v, window), (q, k, v), pull)
+
+    bench.measure("forward + backward", "CPU, T 2,048", {"full": both(None), "window 512": both(512)})
+    loss_rows(bench, 2048, 4096, 256)
+
+
+# %%
+#| export scripts/kernel_bench
+#| cli kernel_bench
+"""Our kernels against PyTorch's and against the chip's roof: TFLOP/s, GB/s, memory, and which targets are reached.
+
+    python -m nanochat_lib.scripts.kernel_bench            # on a GPU: everything, about 90 s; on a CPU: what it can run
+    python -m nanochat_lib.scripts.kernel_bench --quick    # one length, few rounds
+"""
+
+import importlib
+import importlib.util
+import platform
+from dataclasses import dataclass
+from datetime import date
+from math import isnan
+from pathlib import Path
+
+import torch
+
+from nanochat_lib.common import pick_device, print0, run_cli, write_json
+from nanochat_lib.kernel_races import Bench, attention_rows, cpu_rows, decoding_rows, loss_rows, roof_rows
+
+ON_GPU = "on a machine with a GPU: python -m nanochat_lib.scripts.kernel_bench"
+
+
+@dataclass
+class Settings:
+    """What to measure, and where to put it."""
+
+    out: Path = Path("build/kernels")  # writes OUT.json and OUT.png
+    quick: bool = False  # T = 2,048 only, few rounds
+    compile_figures: bool = True  # on a CPU: registers and shared memory, from the compiler
+    device_type: str = ""
+
+
+def targets(bench: Bench) -> list[dict]:
+    """What is promised, as ratios: what, measured (nan where it was not), sign, bound."""
+    lengths = {2048: 768} if bench.quick else {2048: 768, 8192: 2048}
+    get, found = bench.get, []
+
+    def promise(what: str, value: float, sign: str, bound: float) -> None:
+        reached = value >= bound if sign == "≥" else value <= bound
+        found.append({"what": what, "measured": value, "sign": sign, "bound": bound, "reached": bool(reached)})
+
+    for T, window in lengths.items():
+        case, banded, both = f"T {T:,}", f"T {T:,}, window {window:,}", "forward + backward"
+        for part, bound in (("forward", 0.8), ("backward", 0.7)):
+            ratio = get(part, case, "cuDNN") / get(part, case, "ours")
+            promise(f"{part}, full, {case}: speed over cuDNN", ratio, "≥", bound)
+        ours = get(both, banded, "ours")
+        promise(f"both, {banded}: speed over FlexAttention", get(both, banded, "FlexAttention") / ours, "≥", 1.3)
+        promise(f"both, {banded}: speed over cuDNN full", get(both, banded, "cuDNN, full") / ours, "≥", 1.0)
+    promise("decoding, batch 64: of copy bandwidth",
+            get("decoding", "batch 64", "ours", "rate") / get("roof", "1 GiB", "copy", "rate"), "≥", 0.7)
+    case = "16,384 × 32,768"
+    memory = [get("loss", case, way, "peak_mib") for way in ("ours", "PyTorch")]
+    promise("loss: memory over PyTorch's", memory[0] / memory[1], "≤", 0.25)
+    ratio = get("loss", case, "ours") / get("loss", case, "PyTorch, compiled")
+    promise("loss: time over PyTorch's, compiled", ratio, "≤", 1.0)
+    case = "CPU, T 2,048"
+    promise("CPU: window 512 over full, T 2,048", get("forward + backward", case, "window 512")
+            / get("forward + backward", case, "full"), "≤", 0.5)
+    return found
+
+
+ROOFS = {"TFLOP/s": ("8,192³", "matmul"), "GB/s": ("1 GiB", "copy")}
+
+
+def draw(bench: Bench, path: Path, title: str) -> None:
+    """Bars of every rate that was measured, by part; a dashed line is the roof. Milliseconds where no rate is known."""
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in bench.rows if "ms" in row and row["part"] != "roof"]
+    parts = [part for part in dict.fromkeys(row["part"] for row in shown)]
+    figure, axes = plt.subplots(1, len(parts), figsize=(3.8 * len(parts), 4.6), layout="constrained", squeeze=False)
+    for axis, part in zip(axes[0], parts):
+        rows = [row for row in shown if row["part"] == part][::-1]
+        rated = all("rate" in row for row in rows)
+        colours = ["tab:blue" if row["way"] in ("ours", "window 512") else "lightgrey" for row in rows]
+        names = [f"{row['case']}\n{row['way']}" for row in rows]
+        bars = axis.barh(names, [row["rate" if rated else "ms"] for row in rows], color=colours)
+        axis.bar_label(bars, fmt="%.3g", fontsize=7)
+        unit = rows[0]["unit"] if rated else "ms"
+        if unit in ROOFS and (roof := bench.get("roof", *ROOFS[unit], "rate")) > 0:
+            axis.axvline(roof, ls="--", color="black", lw=1)
+        axis.set(title=part, xlabel=unit)
+        axis.tick_params(axis="y", labelsize=6)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def kernel_bench(settings: Settings) -> None:
+    """Race our kernels against PyTorch's and the roof; print, and save as JSON and PNG."""
+    device = torch.device(pick_device(settings.device_type))
+    bench = Bench(device, settings.quick)
+    torch.manual_seed(0)
+    on_gpu, compiled = device.type == "cuda", []
+    if on_gpu:
+        roof_rows(bench)
+        for B in (1, 64):
+            decoding_rows(bench, B)
+        decoding_rows(bench, 64, KVH=4)
+        loss_rows(bench, 16384, 32768, 1536)
+        attention_rows(bench, 8, 2048, 768)
+        if not settings.quick:
+            attention_rows(bench, 2, 8192, 2048)
+    elif device.type == "cpu":
+        cpu_rows(bench)
+        if settings.compile_figures and importlib.util.find_spec("triton"):
+            from nanochat_lib.kernels import compile_check
+
+            compiled = compile_check.check(compile_check.modules(), [90])
+            print0(compile_check.table(compiled))
+    chip = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    about = {"date": date.today().isoformat(), "chip": chip, "torch": torch.__version__, "triton": triton,
+             "threads": torch.get_num_threads()}
+    promises = targets(bench)
+    for row in promises:
+        state = "not measured here" if isnan(row["measured"]) else "reached" if row["reached"] else "NOT reached"
+        print0(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}  {state}")
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    written = about | {"rows": bench.rows, "targets": promises, "compiled": compiled}
+    write_json(settings.out.with_suffix(".json"), written)
+    draw(bench, settings.out.with_suffix(".png"), " · ".join(f"{name} {value}" for name, value in about.items()))
+    print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if on_gpu else f"; the rest, {ON_GPU}"))
 
 # %% [markdown]
 # ## Exercises

@@ -151,8 +151,6 @@ def lacks(way: str, q: torch.Tensor) -> str:
         return "it needs a CUDA GPU of compute capability 8.0 or later"
     if q.size(3) not in (32, 64, 128):
         return f"head dimension {q.size(3)} is none of 32, 64, 128"
-    if way == "triton" and torch.is_grad_enabled() and q.requires_grad:
-        return "our kernel has no backward pass"
     return ""
 
 
@@ -209,7 +207,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | N
 
 
 def triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Our kernel; no gradient."""
+    """Our kernel."""
     from nanochat_lib.kernels.flash_attention import flash_attention  # triton only where it is used
 
     return flash_attention(q, k, v, window)[0]
@@ -242,6 +240,14 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None =
     mask = band_mask(T, T if window is None else window, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return run(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor,
+           window: int | None = None) -> torch.Tensor:
+    """Our decoding kernel."""
+    from nanochat_lib.kernels.decoding import decode_attention
+
+    return decode_attention(q, k, v, lengths, window)
 
 
 @torch.no_grad()

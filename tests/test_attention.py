@@ -1,9 +1,6 @@
 """Attention: every way against a float64 reference written here, the kernel under the interpreter, and for sm_90."""
 
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -197,85 +194,6 @@ def test_fresh_prompt_takes_the_plain_way():
     for window in (None, 7):
         fresh = cached_attention(q, *room, torch.zeros(2, dtype=torch.int64), window)
         assert torch.equal(fresh, attention(q, k, v, window))
-
-
-def interpreted(code, **env):
-    """Run code in a process of its own: TRITON_INTERPRET must be set before the kernel is imported."""
-    header = f"import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})\n"
-    return subprocess.run([sys.executable, "-c", header + textwrap.dedent(code)], env={**os.environ, **env}, text=True,
-                          capture_output=True, timeout=280)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-def test_kernel_under_the_interpreter():
-    done = interpreted("""
-        import warnings
-        import torch
-        from hypothesis import given, settings
-        from test_attention import cases, close, inputs, slow
-        from nanochat_lib import attention as module
-        from nanochat_lib.kernels import flash_attention as kernel
-        warnings.simplefilter("error")
-        TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
-
-        def check(shape, window, seed=0, dtype=torch.float32):
-            q, k, v = inputs(*shape, seed=seed, dtype=dtype)
-            poison = torch.full(q.shape, torch.nan, dtype=dtype)
-            out, lse = kernel.flash_attention(q, k, v, window, out=poison)
-            assert out is poison and out.dtype == dtype and lse.dtype == torch.float32
-            expected, sums = slow(q, k, v, window)
-            close(out, expected, TOLERANCE[dtype]); close(lse, sums, TOLERANCE[dtype])
-
-        @settings(max_examples=12, deadline=None)
-        @given(cases(140))
-        def any_shape(case):
-            check(case[:5], *case[5:])
-
-        any_shape()
-        for dtype in TOLERANCE:
-            check((1, 150, 2, 1, 128), 40, dtype=dtype)
-        for sizes in (dict(BLOCK_M=32, BLOCK_N=32), dict(BLOCK_M=16, BLOCK_N=64)):  # tiles larger and smaller than blocks
-            kernel.block_sizes = lambda *_: sizes
-            for window in (None, 0, 31, 32, 33, 77):
-                check((1, 131, 2, 1, 32), window)
-
-        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(1, 70, 2, 2, 32))
-        close(kernel.flash_attention(q, k, v, 9)[0], slow(q, k, v, 9)[0], 1e-5)
-        assert module.backend(q, 9) == "triton"
-        close(module.attention(q, k, v, 9), slow(q, k, v, 9)[0], 1e-5)
-        assert not module.FAILED
-        assert module.backend(q.requires_grad_(), 9) == "band"  # training needs a backward pass
-        for wrong in ((1, 8, 3, 2, 32), (1, 8, 2, 2, 48)):
-            try:
-                kernel.flash_attention(*inputs(*wrong))
-            except ValueError:
-                continue
-            raise AssertionError(wrong)
-    """, TRITON_INTERPRET="1", NANOCHAT_ATTENTION="triton")
-    assert done.returncode == 0, done.stderr
-    assert "no backward pass" in done.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-@pytest.mark.parametrize("dtype,head_dim", [("bfloat16", 128), ("float32", 32)])
-def test_kernel_compiles_for_sm90_without_a_gpu(dtype, head_dim, tmp_path):
-    done = interpreted(f"""
-        import torch
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile
-        from nanochat_lib.kernels.flash_attention import block_sizes, forward_kernel
-        sizes = block_sizes({head_dim}, torch.{dtype})
-        options = {{name: sizes.pop(name) for name in ("num_warps", "num_stages")}}
-        constants = {{"D": {head_dim}, **sizes}}
-        pointer = "*" + {{"bfloat16": "bf16", "float32": "fp32"}}["{dtype}"]
-        kinds = {{**dict.fromkeys(("q", "k", "v", "out"), pointer), "lse": "*fp32", "scale": "fp32"}}
-        kinds.update(dict.fromkeys(constants, "constexpr"))
-        signature = {{name: kinds.get(name, "i32") for name in forward_kernel.arg_names}}
-        compiled = compile(ASTSource(forward_kernel, signature, constants), GPUTarget("cuda", 90, 32), options)
-        assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
-        assert ".target sm_90" in compiled.asm["ptx"]
-    """, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -1,0 +1,150 @@
+"""Flash attention against float64: run by test_flash_attention.py in a process of its own, on a GPU or interpreted."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import cases, close, inputs, slow
+
+from nanochat_lib import attention as module
+from nanochat_lib.kernels import flash_attention as kernel
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+GRADIENT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+SIZES = [dict(BLOCK_M=32, BLOCK_N=32), dict(BLOCK_M=16, BLOCK_N=64), dict(BLOCK_M=64, BLOCK_N=16)]
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """Fresh memory is full of not-a-number, so an element that no kernel writes is found; warnings are errors."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def near(got, expected, tolerance):
+    """Largest difference relative to the largest value, or to the inputs' size where that is larger."""
+    assert got.isfinite().all()
+    assert ((got.double() - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item() <= tolerance
+
+
+def check(shape, window, seed=0, dtype=torch.float32, view=lambda x: x):
+    """Output, logsumexp and all gradients of one case; returns them."""
+    tensors = [view(x.to(DEVICE)).requires_grad_() for x in inputs(*shape, seed=seed, dtype=dtype)]
+    out, lse = kernel.flash_attention(*tensors, window)
+    assert out.dtype == dtype and lse.dtype == torch.float32 and not lse.requires_grad
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    expected, sums = slow(*wide, window)
+    close(out, expected, TOLERANCE[dtype])
+    close(lse, sums, 1e-5 if dtype == torch.float32 else 1e-4)
+    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out)
+    gradients = torch.autograd.grad(out, tensors, pull)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, wide, pull.double())):
+        assert got.dtype == dtype
+        near(got, wanted, GRADIENT[dtype])
+    return out, lse, *gradients
+
+
+@settings(max_examples=12, deadline=None)
+@given(cases(120), st.sampled_from([torch.float32, torch.float16]))
+def test_any_shape(case, dtype):
+    check(case[:5], *case[5:], dtype)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("window", [None, 0, 15, 16, 33, 69])
+def test_tiles_larger_and_smaller_than_blocks(monkeypatch, sizes, window):
+    monkeypatch.setattr(kernel, "settings", lambda *_: sizes)
+    check((1, 71, 2, 1, 32), window, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("D", kernel.HEAD_DIMS)
+def test_head_dimensions_and_dtypes(D, dtype):
+    check((1, 70, 2, 1, D), 40, dtype=dtype)
+
+
+@pytest.mark.parametrize("view", {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "dims not last": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other token": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "odd start": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "odd rows": lambda x: torch.cat([x, x[..., :1]], dim=3)[..., :-1],
+}.items(), ids=lambda item: item[0])
+def test_any_strides(view):
+    for got, expected in zip(check((2, 40, 2, 1, 32), 9, view=view[1]), check((2, 40, 2, 1, 32), 9)):
+        assert torch.equal(got, expected)
+
+
+def test_same_bits_every_time():
+    for left, right in zip(check((1, 90, 4, 2, 32), 30), check((1, 90, 4, 2, 32), 30)):
+        assert torch.equal(left, right)
+
+
+def test_expanded_gradient():
+    """The gradient of a sum has stride zero everywhere."""
+    tensors = [x.to(DEVICE).requires_grad_() for x in inputs(1, 40, 2, 1, 32)]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    for got, wanted in zip(torch.autograd.grad(kernel.flash_attention(*tensors, 9)[0].sum(), tensors),
+                           torch.autograd.grad(slow(*wide, 9)[0].sum(), wide)):
+        near(got, wanted, 1e-5)
+
+
+def test_tiles_out_of_the_window_are_never_visited():
+    q, k, v = (x.to(DEVICE) for x in inputs(1, 600, 2, 1, 32, dtype=torch.float16))
+    k[:, :256], v[:, :256] = torch.nan, torch.nan
+    out, lse = kernel.flash_attention(q, k, v, 50)
+    assert out[:, 512:].isfinite().all() and lse[:, :, 512:].isfinite().all()
+    grad = torch.ones_like(out)
+    out.nan_to_num_(), lse.nan_to_num_()
+    dq, dk, dv = kernel.flash_backward(grad, q, k, v, out, lse, 50)
+    assert dq[:, 512:].isfinite().all()
+    grad[:, 512:], q[:, 512:] = torch.nan, torch.nan  # and late queries say nothing to early keys
+    k.nan_to_num_(), v.nan_to_num_()
+    for gradient in kernel.flash_backward(grad, q, k, v, out, lse, 50)[1:]:
+        assert gradient[:, :256].isfinite().all()
+
+
+def test_registered_as_pytorch_wants_it():
+    tensors = [x.to(DEVICE).requires_grad_() for x in inputs(1, 33, 2, 1, 32)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.library.opcheck(kernel.flash_forward, (*tensors, 9),
+                              test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_takes_it_whole(dynamic):
+    def loss(q, k, v):
+        return kernel.flash_attention(2 * q, k, v, 9)[0].square().sum()
+
+    tensors = [x.to(DEVICE).requires_grad_() for x in inputs(1, 33, 2, 1, 32)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(loss, backend="inductor" if GPU else "aot_eager", fullgraph=True, dynamic=dynamic)
+        got = torch.autograd.grad(compiled(*tensors), tensors)
+    for left, right in zip(got, torch.autograd.grad(loss(*tensors), tensors)):
+        near(left, right.double(), 1e-5)
+
+
+def test_attention_takes_it_when_told(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_ATTENTION", "triton")
+    tensors = [x.to(DEVICE).requires_grad_() for x in inputs(1, 70, 2, 1, 32)]
+    assert module.backend(tensors[0], 9) == module.backend(tensors[0]) == "triton"
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    for got, wanted in zip(torch.autograd.grad(module.attention(*tensors, 9).sin().sum(), tensors),
+                           torch.autograd.grad(slow(*wide, 9)[0].sin().sum(), wide)):
+        near(got, wanted, 1e-5)
+    assert not module.FAILED
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 3, 2, 32), (1, 8, 2, 2, 48)])
+def test_what_it_does_not_take(shape):
+    with pytest.raises(ValueError, match="shapes do not fit|head dimension 48"):
+        kernel.flash_attention(*inputs(*shape))
