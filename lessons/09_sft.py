@@ -118,6 +118,27 @@ class TaskMixture(TaskSequence):
         super().__init__(tasks)
         random.Random(42).shuffle(self.pairs)
 
+
+class Practice(TaskMixture):
+    """Graded tasks practised as one, the smaller ones repeated to come about as often as the largest."""
+
+    eval_type = "generative"
+
+    def __init__(self, tasks: Sequence[Task]):
+        largest = max(map(len, tasks))
+        super().__init__([task for task in tasks for _ in range(max(1, round(largest / max(len(task), 1))))])
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = super().__getitem__(index)
+        return found if isinstance(index, slice) else {**found, "judge": self.pairs[index][0]}
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        return self.tasks[conversation["judge"]].evaluate(conversation, answer)
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        """What the task that the question is from pays for it."""
+        return self.tasks[conversation["judge"]].reward(conversation, answer)
+
 # %% [markdown]
 # ## A conversation that cannot be learned from
 #
@@ -740,7 +761,7 @@ from collections.abc import Callable
 
 from nanochat_lib.common import NanochatError, base_dir, print0
 from nanochat_lib.tasks.arc import ARC
-from nanochat_lib.tasks.common import Task, TaskMixture
+from nanochat_lib.tasks.common import Practice, Task, TaskMixture
 from nanochat_lib.tasks.customjson import CustomJSON
 from nanochat_lib.tasks.gsm8k import gsm8k
 from nanochat_lib.tasks.humaneval import HumanEval
@@ -780,7 +801,10 @@ EVALUATED = {
 #| export tasks/registry
 def get_task(name: str, split: str = "test", data: str = "") -> Task:
     """A task by name (`GSM8K`, `arc-easy`, `word_problems_2`…), or a class of one's own as `module:Class`, called with
-    the split. `data` is a folder to read from instead of the hub. NanochatError on unknown names."""
+    the split, or several joined by `|`. `data` is a folder to read from instead of the hub. NanochatError on unknown
+    names."""
+    if "|" in name:
+        return Practice([get_task(each, split, data) for each in name.split("|")])
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:

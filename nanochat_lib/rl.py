@@ -4,30 +4,18 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nanochat_lib.engine import Completion, Engine
+from nanochat_lib.batch import Completion
+from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPT, softcap
+from nanochat_lib.objectives import Terms, group_advantages, kl_to_reference
+from nanochat_lib.rewards import Reward, Tried
 from nanochat_lib.tasks.common import Task
-
-
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards of a question's answers (…, samples) minus their mean: what an answer earned above its siblings."""
-    return rewards - rewards.mean(dim=-1, keepdim=True)
-
-
-def policy_gradient_loss(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
-                         tokens: float | None = None) -> torch.Tensor:
-    """REINFORCE (Williams, 1992): −Σ advantage · logp over the trained tokens, divided by their number.
-
-    logp (B, T) of the tokens that were taken, advantages (B,), mask (B, T) 1 where a token was the policy's own choice.
-    `tokens` is the divisor when these rows are a part of a larger batch; by default mask.sum().
-    """
-    total = (logp * mask * advantages[:, None]).sum()
-    return -total / (mask.sum().clamp_min(1) if tokens is None else max(tokens, 1))
 
 
 @dataclass(frozen=True)
@@ -39,6 +27,7 @@ class Question:
     conversation: dict
     answers: list[Completion]
     texts: list[str]
+    parts: list[dict[str, float]]  # of each answer's reward, by name
     rewards: list[float]
 
     @property
@@ -48,7 +37,7 @@ class Question:
     @property
     def decided(self) -> bool:
         """All answers earned the same: nothing to learn from the difference."""
-        return len(set(self.rewards)) < 2
+        return max(self.rewards) - min(self.rewards) < 1e-9
 
 
 def questions_of_step(step: int, per_step: int, size: int, seed: int = 42) -> list[int]:
@@ -61,26 +50,45 @@ def questions_of_step(step: int, per_step: int, size: int, seed: int = 42) -> li
     return [order[place // size][place % size] for place in places]
 
 
-def roll_out(engine: Engine, task: Task, numbers: list[int], **sampling: Any) -> list[Question]:
+def roll_out(engine: Engine, task: Task, numbers: list[int], reward: Reward = Reward(), **sampling: Any
+             ) -> list[Question]:
     """Answer these questions of a task, all in one batch; `sampling` goes to Engine.generate_many."""
     conversations = [task[number] for number in numbers]
     prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
-    questions = []
+    budget, questions = sampling.get("max_tokens") or engine.model.config.sequence_len, []
     for number, conversation, prompt, answers in zip(numbers, conversations, prompts,
                                                      engine.generate_many(prompts, **sampling)):
         texts = [engine.tokenizer.decode(answer.tokens) for answer in answers]
-        rewards = [float(task.reward(conversation, text)) for text in texts]
-        questions.append(Question(number, prompt, conversation, answers, texts, rewards))
+        parts = [reward.parts(Tried(task, conversation, *pair, budget)) for pair in zip(texts, answers)]
+        questions.append(Question(number, prompt, conversation, answers, texts, parts, [*map(reward.total, parts)]))
     return questions
 
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence to learn from: mask 1 on the tokens the policy chose, and what the choice was worth."""
+    """A sequence to learn from: mask 1 on the tokens the policy chose."""
 
     tokens: tuple[int, ...]
     mask: tuple[int, ...]
-    advantage: float
+
+
+@dataclass(frozen=True)
+class Tries:
+    """Some questions' answers: the different sequences among them, and for each answer which row it is."""
+
+    rows: list[Row]
+    place: torch.Tensor  # (Q, G) int64
+    rewards: torch.Tensor  # (Q, G) float32
+
+    def mask(self) -> torch.Tensor:
+        """(rows, T − 1) float32: 1 on the trained tokens after the first."""
+        return padded([row.mask[1:] for row in self.rows]).float()
+
+
+def padded(sequences: list[tuple], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Sequences of unlike length as one tensor, zeros on the right."""
+    longest = max(map(len, sequences))
+    return torch.tensor([(*sequence, *[0] * (longest - len(sequence))) for sequence in sequences], device=device)
 
 
 def chosen(answer: Completion) -> tuple[list[int], list[int]]:
@@ -89,41 +97,41 @@ def chosen(answer: Completion) -> tuple[list[int], list[int]]:
     return answer.tokens + end, answer.mask + [1] * len(end)
 
 
-def rows_of(questions: list[Question]) -> list[Row]:
-    """The rows that carry a gradient. Equal answers to a question become one row, their advantages added up."""
-    rows = []
+def tries_of(questions: list[Question], keep_decided: bool = False) -> Tries | None:
+    """What there is to learn from; None if every question is decided. `keep_decided`: a KL term pulls on those too."""
+    places, groups, rewards = {}, [], []
     for question in questions:
-        if question.decided:
+        if question.decided and not keep_decided:
             continue
-        worth, masks = Counter(), {}
-        for answer, advantage in zip(question.answers, question.advantages):
+        rewards.append(question.rewards)
+        groups.append([])
+        for answer in question.answers:
             tokens, mask = chosen(answer)
-            worth[tuple(tokens)] += advantage
-            masks[tuple(tokens)] = mask
-        prompt = tuple(question.prompt)
-        rows += [Row(prompt + tokens, (0,) * len(prompt) + tuple(masks[tokens]), advantage)
-                 for tokens, advantage in worth.items()]
-    return rows
+            row = Row((*question.prompt, *tokens), (0,) * len(question.prompt) + tuple(mask))
+            groups[-1].append(places.setdefault(row, len(places)))
+    return Tries(list(places), torch.tensor(groups), torch.tensor(rewards)) if groups else None
 
 
-def micro_batches(rows: list[Row], most: int) -> list[list[Row]]:
-    """Rows of like length together, each batch at most `most` tokens with padding (a longer row goes alone)."""
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.tokens)):
-        if batches and (len(batches[-1]) + 1) * len(row.tokens) <= most:
-            batches[-1].append(row)
+def token_weights(objective: Callable, tries: Tries, terms: Terms, logp: torch.Tensor, old: torch.Tensor,
+                  reference: torch.Tensor | None = None, kl: float = 0.0) -> torch.Tensor:
+    """Derivative of objective + kl · kl_to_reference with respect to the rows' log-probabilities (rows, T − 1)."""
+    leaf, mask = logp.detach().clone().requires_grad_(), tries.mask()[tries.place]
+    given = [table[tries.place] for table in (leaf, old, logp if reference is None else reference)]  # (Q, G, T − 1)
+    loss = objective(*given, tries.rewards.to(logp.dtype), mask, terms)
+    if kl:
+        loss = loss + kl * kl_to_reference(*given, tries.rewards, mask, terms)
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def micro_batches(rows: list[Row], most: int) -> list[list[int]]:
+    """Places of rows of like length together, each batch at most `most` tokens with padding (a longer row alone)."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(rows)), key=lambda place: len(rows[place].tokens)):
+        if batches and (len(batches[-1]) + 1) * len(rows[place].tokens) <= most:
+            batches[-1].append(place)
         else:
-            batches.append([row])
+            batches.append([place])
     return batches
-
-
-def tensors_of(rows: list[Row], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tokens, mask (B, longest), advantages (B,)) of a batch, padded on the right."""
-    longest = max(len(row.tokens) for row in rows)
-    padding = [(0,) * (longest - len(row.tokens)) for row in rows]
-    tokens, mask = (torch.tensor([part + pad for part, pad in zip(parts, padding)], device=device)
-                    for parts in ([row.tokens for row in rows], [row.mask for row in rows]))
-    return tokens, mask, torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device)
 
 
 def token_logprobs(model: GPT, tokens: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -135,36 +143,57 @@ def token_logprobs(model: GPT, tokens: torch.Tensor, mask: torch.Tensor, tempera
     x = model.hidden(tokens[:, :-1])[trained]  # (N, C)
     logits = softcap(model.lm_head(x)[:, :model.config.vocab_size]) / temperature
     logp = logits.gather(-1, tokens[:, 1:][trained][:, None])[:, 0] - logits.logsumexp(dim=-1)
-    return torch.zeros(trained.shape, device=logp.device).masked_scatter(trained, logp)
+    return torch.zeros(trained.shape, device=logp.device, dtype=logp.dtype).masked_scatter(trained, logp)
 
 
-def learn(model: GPT, rows: list[Row], tokens: float, most: int, scale: float = 1.0, temperature: float = 1.0) -> float:
-    """Add the gradient of the policy-gradient loss of all rows, micro-batch by micro-batch; returns the loss.
-
-    `tokens` divides the sum; `most` bounds a micro-batch; `scale` multiplies the gradient.
-    """
-    device, loss = next(model.parameters()).device, 0.0
+@torch.no_grad()
+def row_logprobs(model: GPT, rows: list[Row], most: int, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of all rows' tokens (rows, T − 1) on the CPU, 0 where not trained."""
+    device, longest = next(model.parameters()).device, max(len(row.tokens) for row in rows)
+    table = torch.zeros(len(rows), longest - 1)
     for batch in micro_batches(rows, most):
-        sequences, mask, advantages = tensors_of(batch, device)
-        logp = token_logprobs(model, sequences, mask, temperature)
-        part = policy_gradient_loss(logp, advantages, mask[:, 1:], tokens)
+        tokens, mask = (padded(part, device) for part in zip(*[(rows[i].tokens, rows[i].mask) for i in batch]))
+        table[batch, :tokens.size(1) - 1] = token_logprobs(model, tokens, mask, temperature).float().cpu()
+    return table
+
+
+def learn(model: GPT, rows: list[Row], weights: torch.Tensor, most: int, scale: float = 1.0, temperature: float = 1.0
+          ) -> float:
+    """Add the gradient of Σ weights · logp, micro-batch by micro-batch; returns that sum, which is the loss where an
+    objective is linear in logp. weights (rows, T − 1); `most` bounds a micro-batch; `scale` multiplies the gradient."""
+    device, total = next(model.parameters()).device, 0.0
+    useful = weights.ne(0).any(-1).nonzero()[:, 0].tolist()
+    for batch in micro_batches([rows[i] for i in useful], most):
+        batch = [useful[i] for i in batch]
+        tokens, mask = (padded(part, device) for part in zip(*[(rows[i].tokens, rows[i].mask) for i in batch]))
+        logp = token_logprobs(model, tokens, mask, temperature)
+        part = (logp * weights[batch, :logp.size(1)].to(device)).sum()
         (part * scale).backward()
-        loss += part.item()
-    return loss
+        total += part.item()
+    return total
 
 
-def statistics(questions: list[Question], tool: int) -> dict[str, float]:
-    """Sums over a rank's questions, to be added up over ranks and divided; `tool` is the token that opens a call."""
+def statistics(questions: list[Question], tool: int, output: int = -1) -> dict[str, float]:
+    """Sums over a rank's questions, to be added up over ranks and divided. `tool` is the token that opens a call,
+    `output` the one that opens its result: a call is right if the calculator answered it."""
     answers = [answer for question in questions for answer in question.answers]
+    calls = [(answer.tokens.count(tool),
+              sum(token == output and not own for token, own in zip(answer.tokens, answer.mask))) for answer in answers]
+    parts = Counter()
+    for question in questions:
+        for part in question.parts:
+            parts.update({f"reward_{name}": value for name, value in part.items()})
     return {
         "questions": len(questions),
         "answers": len(answers),
         "reward": sum(sum(question.rewards) for question in questions),
+        **parts,
         "all_right": sum(question.decided and question.rewards[0] > 0 for question in questions),
         "all_wrong": sum(question.decided and question.rewards[0] <= 0 for question in questions),
         "length": sum(len(answer.tokens) for answer in answers),
         "cut": sum(answer.stop_token is None for answer in answers),
-        "tool_use": sum(tool in answer.tokens for answer in answers),
+        "tool_use": sum(made > 0 for made, _ in calls),
+        "tool_right": sum(made > 0 and made == answered for made, answered in calls),
         "surprise": -sum(sum(answer.logprobs) for answer in answers),  # of sampled tokens; forced ones count 0
         "sampled": sum(sum(answer.mask) for answer in answers),
         "trained": sum(sum(chosen(answer)[1]) for answer in answers),
@@ -174,7 +203,30 @@ def statistics(questions: list[Question], tool: int) -> dict[str, float]:
 def readable(step: int, question: Question) -> dict[str, Any]:
     """One line of rollouts.jsonl: the question and each different answer, most frequent first."""
     counts = Counter(zip(question.texts, question.rewards, question.advantages))
+    parts = dict(zip(question.texts, question.parts))
     return {"step": step, "number": question.number, "question": question.conversation["messages"][-2]["content"],
             "mean_reward": sum(question.rewards) / len(question.rewards),
-            "answers": [{"count": count, "reward": reward, "advantage": round(advantage, 4), "text": text}
+            "answers": [{"count": count, "reward": reward, "advantage": round(advantage, 4),
+                         **({"parts": parts[text]} if len(parts[text]) > 1 else {}), "text": text}
                         for (text, reward, advantage), count in counts.most_common()]}
+
+
+def collapsed(history: list[dict[str, float]], patience: int) -> str:
+    """Why a run should stop, judged by the last `patience` steps of its history; "" while it is sound.
+
+    A step has reward, entropy (nats per token), cut (share of answers cut off), questions and all_right.
+    """
+    if patience < 1 or len(history) < patience:
+        return ""
+    last = history[-patience:]
+    if all(step["cut"] > 0.99 for step in last):
+        return f"in {patience} steps no answer ended within the token budget"
+    if all(step["entropy"] < 1e-3 and step["all_right"] < 0.9 * step["questions"] for step in last):
+        return f"the entropy has been below 0.001 nats per token for {patience} steps: nothing new is tried"
+    means = [sum(step["reward"] for step in history[at:at + patience]) / patience
+             for at in range(len(history) - patience + 1)]
+    best, now = max(means), means[-1]
+    chance = 2 / sum(step["questions"] for step in last) ** 0.5  # twice what a mean of so many coins may be off by
+    if now < best / 2 and best - now > chance:
+        return f"the reward fell from {best:.2f} (steps from {means.index(best)} on) to {now:.2f}"
+    return ""

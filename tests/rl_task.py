@@ -1,10 +1,11 @@
-"""A task for tests of reinforcement learning (`--task tests.rl_task:HasE`): the answer should hold an e."""
+"""A task and a reward for tests of reinforcement learning (`--task tests.rl_task:HasE`)."""
 
+from nanochat_lib.rewards import Tried
 from nanochat_lib.tasks.common import Task, conversation_of
 
 
 class HasE(Task):
-    """Eight questions; half a point for an e, one for two."""
+    """Eight questions, whose answers should hold an e; half a point for an e, one for two."""
 
     eval_type = "generative"
 
@@ -19,3 +20,8 @@ class HasE(Task):
 
     def reward(self, conversation: dict, answer: str) -> float:
         return min(answer.count("e"), 2) / 2
+
+
+def paid_for_a(tried: Tried) -> float:
+    """A reward of one's own (`--reward tests.rl_task:paid_for_a`): a point for every a."""
+    return tried.text.count("a")

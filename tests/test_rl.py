@@ -1,6 +1,5 @@
 """rl and chat_rl (lesson 10): the gradient is that of the expected reward, and a run is one run however it is cut."""
 
-import itertools
 import json
 
 import pytest
@@ -10,56 +9,24 @@ from safetensors.torch import load_file
 from nanochat_lib.checkpoint import find_checkpoint, save_checkpoint, steps_in
 from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.engine import Completion, Engine
-from nanochat_lib.gpt import GPT, GPTConfig
-from nanochat_lib.rl import (Question, Row, chosen, group_advantages, learn, micro_batches, policy_gradient_loss,
-                             questions_of_step, readable, roll_out, rows_of, statistics, tensors_of, token_logprobs)
+from nanochat_lib.objectives import Terms, policy_gradient_loss, reinforce
+from nanochat_lib.rewards import Reward, Tried, parse_reward
+from nanochat_lib.rl import (Question, Row, chosen, collapsed, learn, micro_batches, questions_of_step, readable,
+                             roll_out, row_logprobs, statistics, token_logprobs, token_weights, tries_of)
 from nanochat_lib.scripts.chat_rl import ChatRL, chat_rl
+from nanochat_lib.tasks import get_task
 from nanochat_lib.tasks.common import conversation_of
-from tests.rl_task import HasE
+from nanochat_lib.world import World
+from nanochat_lib.world_tasks import write_tasks
+from tests.rl_task import HasE, paid_for_a
+
+STOP = 301
 
 
-def tiny_policy(vocab=5) -> GPT:
-    """A GPT of a few thousand parameters in float64, so that finite differences are sharp."""
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(sequence_len=8, vocab_size=vocab, n_layer=2, n_head=2, n_kv_head=1, n_embd=24))
-    model.init_weights()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    model.double().dtype = torch.float64
-    return model
-
-
-def all_answers(model, prompt, rewards, vocab=5):
-    """Every two-token answer with its probability: (rows weighted by p · (reward − baseline), expected reward)."""
-    answers = list(itertools.product(range(vocab), repeat=2))
-    tokens = torch.tensor([prompt + list(answer) for answer in answers])
-    with torch.no_grad():
-        logp = model(tokens).double().log_softmax(-1)[:, len(prompt) - 1:-1]
-    logp = logp.gather(-1, tokens[:, len(prompt):, None]).sum((1, 2))
-    expected = float((logp.exp() * rewards).sum())
-    rows = [Row(tuple(row.tolist()), (0,) * len(prompt) + (1, 1), float(p * (reward - 0.3)))
-            for row, p, reward in zip(tokens, logp.exp(), rewards)]
-    return rows, expected
-
-
-def test_the_gradient_is_that_of_the_expected_reward():
-    model, prompt = tiny_policy(), [4, 0, 2]
-    rewards = torch.rand(25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows, _ = all_answers(model, prompt, rewards)
-    learn(model, rows, tokens=1, most=64)
-    torch.manual_seed(5)
-    for _ in range(3):
-        direction = [torch.randn_like(p) for p in model.parameters()]
-        slope = -sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction) if p.grad is not None)
-        values = []
-        for sign in (1, -1):
-            for p, d in zip(model.parameters(), direction):
-                p.data += sign * 1e-3 * d
-            values.append(all_answers(model, prompt, rewards)[1])
-            for p, d in zip(model.parameters(), direction):
-                p.data -= sign * 1e-3 * d
-        measured = (values[0] - values[1]) / 2e-3
-        assert slope == pytest.approx(measured, rel=2e-3, abs=1e-5)
+def question(answers, rewards, prompt=(1,), number=0):
+    """A question with these answers and rewards."""
+    texts = [" ".join(map(str, answer.tokens)) for answer in answers]
+    return Question(number, list(prompt), {}, answers, texts, [{"answer": reward} for reward in rewards], rewards)
 
 
 def test_learn_agrees_with_plain_autograd(make_model):
@@ -70,19 +37,21 @@ def test_learn_agrees_with_plain_autograd(make_model):
     answers = [Completion(torch.randint(0, 300, (n,), generator=generator).tolist(), [1] * (n - 2) + [0, 1], [0.0] * n,
                           "stop", stop) for n, stop in ((4, 301), (9, 301), (6, None))]
     answers.append(answers[0])  # the same answer again
-    question = Question(0, prompt, {}, answers, ["", "", "", ""], [1.0, 0.0, 0.0, 1.0])
+    asked = question(answers, [1.0, 0.0, 0.0, 1.0], prompt)
     total = sum(sum(chosen(answer)[1]) for answer in answers)
     loss = 0.0
-    for answer, reward in zip(answers, question.rewards):
+    for answer, reward in zip(answers, asked.rewards):
         tokens, mask = chosen(answer)
         logp = model(torch.tensor([prompt + tokens[:-1]])).log_softmax(-1)[0, len(prompt) - 1:]
         loss = loss - sum(logp[i, token] * (reward - 0.5) for i, token in enumerate(tokens) if mask[i]) / total
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    rows = rows_of([question])
-    assert len(rows) == 3 and sorted(row.advantage for row in rows) == [-0.5, -0.5, 1.0]
-    assert learn(model, rows, total, most=24) == pytest.approx(loss.item(), abs=1e-6)
+    tries = tries_of([asked])
+    assert len(tries.rows) == 3 and tries.place.tolist() == [[0, 1, 2, 0]]
+    table = row_logprobs(model, tries.rows, most=24)
+    weights = token_weights(reinforce, tries, Terms(tokens=total), table, table)
+    assert learn(model, tries.rows, weights, most=24) == pytest.approx(loss.item(), abs=1e-6)
     for name, p in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=2e-6, msg=name)
@@ -93,11 +62,11 @@ def test_prompt_and_tool_tokens_have_no_gradient():
     mask = torch.tensor([[0, 0, 1, 0, 0, 1], [0, 1, 1, 1, 0, 0]])
     policy_gradient_loss(logp, torch.tensor([0.5, -2.0]), mask).backward()
     assert torch.equal(logp.grad, -torch.tensor([[0.5], [-2.0]]) * mask / 5)
-    answer = Completion([7, 8, 9], [1, 0, 0], [-1.0, 0.0, 0.0], "length")
-    question = Question(0, [1, 2], {}, [answer, Completion([5], [1], [-1.0], "stop", 4)], ["", ""], [1.0, 0.0])
-    tokens, mask, advantages = tensors_of(rows_of([question]), "cpu")
-    assert tokens.tolist() == [[1, 2, 7, 8, 9], [1, 2, 5, 4, 0]] and mask.tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
-    assert advantages.tolist() == [0.5, -0.5]
+    answers = [Completion([7, 8, 9], [1, 0, 0], [-1.0, 0.0, 0.0], "length"), Completion([5], [1], [-1.0], "stop", 4)]
+    tries = tries_of([question(answers, [1.0, 0.0], (1, 2))])
+    assert tries.rows == [Row((1, 2, 7, 8, 9), (0, 0, 1, 0, 0)), Row((1, 2, 5, 4), (0, 0, 1, 1))]
+    weights = token_weights(reinforce, tries, Terms(), *torch.zeros(2, 2, 4))
+    assert weights.mul(6).tolist() == [[0, -1, 0, 0], [0, 1, 1, 0]]
 
 
 def test_logprobs_only_where_trained(make_model):
@@ -112,21 +81,27 @@ def test_logprobs_only_where_trained(make_model):
     torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_decided_questions_carry_no_rows_and_advantages_sum_to_zero():
+def test_decided_questions_carry_no_rows_and_are_counted():
     answers = [Completion([n], [1], [-1.0], "length") for n in range(3)]
-    right, wrong, mixed = (Question(0, [1], {}, answers, ["a"] * 3, rewards)
-                           for rewards in ([1.0] * 3, [0.0] * 3, [1.0, 0.0, 0.0]))
-    assert rows_of([right, wrong]) == []
-    assert sum(row.advantage for row in rows_of([mixed])) == pytest.approx(0)
+    right, wrong, mixed = (question(answers, rewards) for rewards in ([1.0] * 3, [0.0] * 3, [1.0, 0.0, 0.0]))
+    assert tries_of([right, wrong]) is None
+    assert tries_of([right, mixed]).rewards.tolist() == [[1, 0, 0]]
+    assert tries_of([right, wrong], keep_decided=True).place.tolist() == [[0, 1, 2]] * 2
     sums = statistics([right, wrong, mixed], tool=1)
     assert (sums["all_right"], sums["all_wrong"], sums["reward"], sums["tool_use"], sums["cut"]) == (1, 1, 4, 3, 9)
-    assert group_advantages(torch.tensor([[1.0, 0.0], [3.0, 3.0]])).tolist() == [[0.5, -0.5], [0.0, 0.0]]
+    assert sums["reward_answer"] == 4 and sums["tool_right"] == 0
+
+
+def test_a_call_is_right_if_the_calculator_answered_it():
+    answered = Completion([8, 5, 9, 7], [1, 1, 0, 0], [0.0] * 4, "stop", STOP)  # 8 opens a call, 9 its result
+    pretended = Completion([8, 5, 9, 7], [1, 1, 1, 1], [0.0] * 4, "stop", STOP)
+    sums = statistics([question([answered, pretended, Completion([5], [1], [0.0], "stop", STOP)], [1.0, 0, 0])], 8, 9)
+    assert (sums["tool_use"], sums["tool_right"]) == (2, 1)
 
 
 def test_micro_batches_hold_like_lengths_within_the_bound():
-    rows = [Row((0,) * n, (1,) * n, 1.0) for n in (3, 9, 2, 8, 2, 30)]
-    batches = micro_batches(rows, 20)
-    assert [[len(row.tokens) for row in batch] for batch in batches] == [[2, 2, 3], [8, 9], [30]]
+    rows = [Row((0,) * n, (1,) * n) for n in (3, 9, 2, 8, 2, 30)]
+    assert micro_batches(rows, 20) == [[2, 4, 0], [3, 1], [5]]
 
 
 def test_every_question_once_a_pass_and_any_step_alone():
@@ -136,10 +111,12 @@ def test_every_question_once_a_pass_and_any_step_alone():
 
 
 def test_rollouts_are_readable(make_model, tokenizer):
-    [question] = roll_out(Engine(make_model(), tokenizer), HasE("train"), [3], num_samples=6, max_tokens=4, top_k=5)
-    line = json.loads(json.dumps(readable(0, question)))
+    rewards = Reward({"answer": 1.0, "length": 0.5}, zero_cut=False)
+    [asked] = roll_out(Engine(make_model(), tokenizer), HasE("train"), [3], rewards, num_samples=6, max_tokens=4, top_k=5)
+    line = json.loads(json.dumps(readable(0, asked)))
+    assert all(set(answer["parts"]) == {"answer", "length"} for answer in line["answers"])
     assert line["question"] == "Question 3?" and sum(answer["count"] for answer in line["answers"]) == 6
-    assert conversation_of("Question 3?", "e e") == question.conversation
+    assert conversation_of("Question 3?", "e e") == asked.conversation
 
 
 @pytest.fixture
@@ -153,7 +130,7 @@ def sft_model(base_dir, tokenizer, make_model):
 
 
 SMALL = dict(task="tests.rl_task:HasE", num_iterations=4, examples_per_step=3, num_samples=4, max_new_tokens=6,
-             save_every=2, eval_every=-1, init_lr_frac=0.2)
+             save_every=2, eval_every=-1, init_lr_frac=0.2, zero_cut=0, patience=-1)
 
 
 def events(base_dir, name="metrics.jsonl"):
@@ -177,7 +154,7 @@ def test_a_run_its_files_and_an_exact_resume(sft_model):
     assert [event["step"] for event in steps] == [0, 1, 2, 3]
     assert {"entropy", "length", "tool_use", "all_right", "all_wrong", "loss"} <= steps[0].keys()
     result = json.loads((sft_model / "report" / "result_rl.json").read_text())
-    assert result["steps"] == 4 and result["curve"] == meta["loop"]["curve"] and 0 <= result["reward_start"] <= 1
+    assert result["steps"] == 4 and result["curve"] == [step["reward"] for step in meta["loop"]["history"]] and 0 <= result["reward_start"] <= 1
     evaluations = [event for event in events(sft_model) if "pass_at_k" in event]
     assert [event["step"] for event in evaluations] == [0, 2, 4]
     curves = [event["pass_at_k"] for event in evaluations]
@@ -217,12 +194,90 @@ def test_two_processes_try_the_same_answers_and_fewer_samples_than_a_device_batc
 @pytest.mark.parametrize("changes, words", [
     ({"num_samples": 1}, "at least 2"), ({"temperature": 0.0}, "same answer every time"),
     ({"examples_per_step": 0}, "--examples-per-step 0"), ({"task": "nothing"}, "no task 'nothing'"),
+    ({"inner_epochs": 2}, "reinforce is right for fresh answers only"), ({"kl": -1.0}, "--kl -1"),
+    ({"reward": "answer=1,beauty=2"}, "no reward 'beauty': choose answer, format, length"),
+    ({"reward": "answer=much"}, "the weight is a number"),
 ])
 def test_settings_that_cannot_work(sft_model, changes, words):
     with pytest.raises(NanochatError, match=words):
         chat_rl(ChatRL(**{**SMALL, **changes}))
 
 
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "dr_grpo"])
+def test_every_algorithm_runs_and_resumes_exactly(sft_model, name):
+    changes = {"algorithm": name, "inner_epochs": 1 if name == "rloo" else 2, "kl": 0.1, "num_iterations": 3}
+    chat_rl(ChatRL(**{**SMALL, **changes, "save_every": 1}))
+    before = weights_of(sft_model, 3)
+    (sft_model / "chatrl_checkpoints" / "d3" / "meta_000003.json").unlink()
+    chat_rl(ChatRL(**{**SMALL, **changes, "save_every": 1, "resume": True}))
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(sft_model, 3).items())
+
+
+def test_a_strong_kl_term_holds_the_policy(sft_model):
+    distances = []
+    for kl in (1e-6, 5.0):
+        chat_rl(ChatRL(**{**SMALL, "kl": kl, "num_iterations": 8, "examples_per_step": 8, "init_lr_frac": 0.5}))
+        distances.append([event["kl"] for event in events(sft_model) if "kl" in event])
+    assert distances[0][0] == pytest.approx(0, abs=1e-6) and distances[1][-1] < distances[0][-1] / 2, distances
+
+
 def test_no_sft_model_is_one_line(base_dir):
     with pytest.raises(NanochatError, match="chat_sft"):
         chat_rl(ChatRL(**SMALL))
+
+
+def tried(text, stop=STOP, tokens=4):
+    return Tried(HasE("train"), conversation_of("q", "e"), text, Completion([0] * tokens, [], [], "stop", stop), 10)
+
+
+def test_rewards_are_summed_with_weights():
+    reward = parse_reward("answer=2,format=0.5, length")
+    parts = reward.parts(tried("e\n#### 12"))
+    assert parts == {"answer": 0.5, "format": 1.0, "length": 0.6} and reward.total(parts) == pytest.approx(2.1)
+    forms = {"#### 7": 1, "a #### -1,000.5 ": 1, "#### 7 and": 0, "#### 1 #### 2": 0, "7": 0, "####": 0}
+    assert {text: parse_reward("format").parts(tried(text))["format"] for text in forms} == forms
+
+
+def test_an_answer_that_was_cut_off_earns_nothing():
+    cut = tried("e #### 12", stop=None)
+    assert set(parse_reward("answer=1,format=1,length=1").parts(cut).values()) == {0.0}
+    assert parse_reward("answer=1", zero_cut=False).parts(cut) == {"answer": 0.5}
+
+
+def test_a_reward_of_ones_own_is_named_as_module_and_function(sft_model):
+    assert parse_reward("tests.rl_task:paid_for_a=3").total({"tests.rl_task:paid_for_a": 2.0}) == 6
+    assert paid_for_a(tried("a bad cat")) == 3
+    chat_rl(ChatRL(**{**SMALL, "num_iterations": 1, "reward": "answer=1,tests.rl_task:paid_for_a=0.5"}))
+    [event] = [event for event in events(sft_model) if "reward" in event]
+    assert event["reward"] == pytest.approx(event["reward_answer"] + 0.5 * event["reward_tests.rl_task:paid_for_a"])
+
+
+def steps(count=10, **changes):
+    return [{"reward": 0.5, "entropy": 0.3, "cut": 0.1, "questions": 16, "all_right": 2, **changes}] * count
+
+
+def test_a_collapse_is_told_from_a_sound_run():
+    assert collapsed(steps(30), 10) == collapsed(steps(3, cut=1.0), 10) == collapsed(steps(30, cut=1.0), -1) == ""
+    assert "no answer ended" in collapsed(steps(20) + steps(10, cut=1.0), 10)
+    assert "nothing new is tried" in collapsed(steps(10, entropy=1e-5), 10)
+    assert collapsed(steps(10, entropy=1e-5, all_right=16, reward=1.0), 10) == ""  # there is nothing left to learn
+    assert "fell from 0.50 (steps from 0 on) to 0.10" in collapsed(steps(20) + steps(10, reward=0.1), 10)
+    assert collapsed(steps(20) + steps(10, reward=0.3), 10) == ""  # not by half
+    assert collapsed(steps(20, reward=0.1) + steps(10, reward=0.01), 10) == ""  # within chance
+
+
+def test_a_collapsed_run_stops_with_the_reason_and_keeps_its_checkpoints(sft_model):
+    settings = ChatRL(**{**SMALL, "max_new_tokens": 1, "patience": 3, "num_iterations": 9})
+    with pytest.raises(NanochatError, match="stopped at step 3: in 3 steps no answer ended .* last checkpoint is step 2"):
+        chat_rl(settings)
+
+
+def test_several_tasks_are_practised_as_one(base_dir):
+    write_tasks(World(1), base_dir / "world" / "tasks")
+    both = get_task("letter_counting|spelling", "train")
+    kinds = [both[i]["messages"][0]["content"].split()[0] for i in range(len(both))]
+    assert 0.4 < kinds.count("Spell") / len(kinds) < 0.6  # the smaller task comes as often
+    for item in both[:8]:
+        gold = item["messages"][-1]["content"]
+        assert both.reward(item, gold) == 1 and both.reward(item, "x") == 0 and both.eval_type == "generative"
+    assert len(get_task("letter_counting|spelling", "test")) > 300

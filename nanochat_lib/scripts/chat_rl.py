@@ -5,7 +5,7 @@
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -13,13 +13,17 @@ from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gath
                                      prepare_directory, save_checkpoint, steps_in, write_result)
 from nanochat_lib.common import MetricsLog, NanochatError, Runtime, print0, progress, run_cli, start
 from nanochat_lib.engine import Engine
-from nanochat_lib.rl import Question, learn, questions_of_step, readable, roll_out, rows_of, statistics
+from nanochat_lib.objectives import ALGORITHMS, CLIPS, Terms, kl_to_reference
+from nanochat_lib.rewards import parse_reward
+from nanochat_lib.rl import (Question, Tries, collapsed, learn, questions_of_step, readable, roll_out, row_logprobs,
+                             statistics, token_weights, tries_of)
 from nanochat_lib.tasks import Task, get_task
 from nanochat_lib.tasks.evaluate import pass_at_k
 from nanochat_lib.training import check_loss, set_rates, trim_metrics
 
 SEED = 42
 EVAL_SAMPLES = 8  # answers per question of an evaluation: pass@1 … pass@8
+PRACTICE = {"spelling": "letter_counting|spelling"}  # what else a task's name stands for here
 
 
 @dataclass
@@ -33,9 +37,22 @@ class ChatRL:
     """the SFT model to start from; the deepest without it"""
     model_step: int = -1
     task: str = "gsm8k"
-    """what to practise: gsm8k, world, any other task with a reward, or module:Class"""
+    """what to practise: gsm8k, world (word problems), spelling (letters counted, words spelled), any other task with a
+    reward, several joined by |, or module:Class"""
     task_data: str = ""
     """a folder with the task's files, read instead of the hub"""
+    reward: str = "answer=1"
+    """what is paid, a sum with weights: answer, format, length, or module:function"""
+    zero_cut: int = 1
+    """1: an answer cut off by max-new-tokens earns nothing"""
+    algorithm: Literal["reinforce", "rloo", "grpo", "dapo", "dr_grpo"] = "reinforce"
+    kl: float = 0.0
+    """weight of the KL term that holds the policy near the SFT model; above 0 a second copy of the model is kept"""
+    clip_low: float = -1
+    """how far below 1 a ratio is still pushed; -1: as in the algorithm's paper"""
+    clip_high: float = -1
+    inner_epochs: int = 1
+    """updates from the answers of one step; more than 1 is for the algorithms with a clipped ratio"""
     num_epochs: int = 1
     """passes over the task's training questions"""
     num_iterations: int = -1
@@ -60,132 +77,212 @@ class ChatRL:
     eval_examples: int = 400
     save_every: int = 60
     """steps between checkpoints; -1: only at the end"""
+    patience: int = 10
+    """stop when this many steps in a row look like a collapse; -1: never"""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """go on from this model's newest RL checkpoint, if there is one"""
 
 
 def check_settings(settings: ChatRL) -> None:
-    for name in ("num_epochs", "device_batch_size", "examples_per_step", "max_new_tokens", "eval_examples"):
+    for name in ("num_epochs", "device_batch_size", "examples_per_step", "max_new_tokens", "eval_examples",
+                 "inner_epochs"):
         if getattr(settings, name) < 1:
             raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least 1")
     if settings.num_samples < 2:
         raise NanochatError("--num-samples 1 has nothing to compare an answer with: give at least 2")
     if settings.temperature <= 0:
         raise NanochatError(f"--temperature {settings.temperature} tries the same answer every time: give more than 0")
+    if settings.inner_epochs > 1 and settings.algorithm not in CLIPS:
+        raise NanochatError(f"--inner-epochs {settings.inner_epochs}: {settings.algorithm} is right for fresh answers "
+                            f"only; give 1, or --algorithm {', '.join(CLIPS)}")
+    if settings.kl < 0:
+        raise NanochatError(f"--kl {settings.kl} would drive the policy away from the SFT model: give 0 or more")
 
 
-class Run:
-    """A run of reinforcement learning at some step."""
+def clips_of(settings: ChatRL) -> tuple[float, float]:
+    """(low, high): those given, else the paper's."""
+    return tuple(own if given < 0 else given for own, given in
+                 zip(CLIPS.get(settings.algorithm, (0.0, 0.0)), (settings.clip_low, settings.clip_high)))
 
-    def __init__(self, settings: ChatRL, runtime: Runtime):
-        self.settings, self.runtime = settings, runtime
-        folder, step = find_checkpoint("sft", settings.model_tag or None, settings.model_step)
-        self.directory = checkpoint_directory("rl", folder.name)
-        self.task = get_task(settings.task, "train", settings.task_data)
-        if not len(self.task):
-            raise NanochatError(f"task {settings.task} has no training questions: name another one with --task")
-        self.steps = settings.num_iterations
-        if self.steps < 0:
-            self.steps = max(1, settings.num_epochs * len(self.task) // settings.examples_per_step)
-        done = steps_in(self.directory)[-1:] if settings.resume else []
-        self.step, self.curve, self.evaluations = 0, [], []
-        if done:
-            self.model, self.tokenizer, meta = load_model("rl", runtime.device, "train", folder.name, done[0])
-            self.step, self.source = done[0], meta["source"]
-            self.curve, self.evaluations = meta["loop"]["curve"], meta["loop"]["evaluations"]
-            print0(f"going on from step {self.step} in {self.directory}")
-        else:
-            self.model, self.tokenizer, _ = load_model("sft", runtime.device, "train", folder.name, step)
-            self.source = {"stage": "sft", "model_tag": folder.name, "step": step}
-            print0(f"starting from sft model {folder.name}, step {step}")
+
+class Policy:
+    """The model that practises, from the SFT checkpoint or, going on, from its own; tries answers, learns from them."""
+
+    def __init__(self, settings: ChatRL, runtime: Runtime, source: dict, directory: Any, step: int):
+        self.settings, self.runtime, self.directory, self.source = settings, runtime, directory, source
+        self.reward = parse_reward(settings.reward, bool(settings.zero_cut))
+        tag = source["model_tag"]
+        found = ("rl", tag, step) if step else ("sft", tag, source["step"])
+        self.model, self.tokenizer, self.meta = load_model(found[0], runtime.device, "train", *found[1:])
+        print0(f"{'going on' if step else 'starting'} from {found[0]} model {tag}, step {found[2]}")
+        self.reference = load_model("sft", runtime.device, "eval", tag, source["step"])[0] if settings.kl else None
         self.engine = Engine(self.model, self.tokenizer)
         self.optimizer = self.model.setup_optimizer(settings.unembedding_lr, settings.embedding_lr, settings.matrix_lr,
                                                     settings.weight_decay)
-        if done:
-            load_optimizer(self.directory, self.step, self.optimizer)
-        self.open_logs(bool(done))
-
-    def open_logs(self, resumed: bool) -> None:
-        """The checkpoint folder readied; what an interrupted run wrote after its last checkpoint is taken back."""
-        prepare_directory(self.directory, self.runtime, self.step if resumed else -1)
-        self.rollouts = self.directory / "rollouts.jsonl"
-        if self.runtime.is_main:
-            for path in (self.rollouts, self.directory / "metrics.jsonl"):
-                trim_metrics(path, self.step if resumed else -1)
-        self.metrics = MetricsLog(self.directory / "metrics.jsonl", self.settings.run, asdict(self.settings))
+        if step:
+            load_optimizer(directory, step, self.optimizer)
+        self.most = settings.device_batch_size * self.model.config.sequence_len
 
     def try_answers(self, task: Task, numbers: list[int], samples: int, seed: int) -> list[Question]:
         """This rank's share of some questions, with sampled answers."""
         mine = numbers[self.runtime.rank::self.runtime.world_size]
         settings = self.settings
         self.model.eval()
-        questions = roll_out(self.engine, task, mine, num_samples=samples, max_tokens=settings.max_new_tokens,
-                             temperature=settings.temperature, top_k=settings.top_k or None, seed=seed)
+        questions = roll_out(self.engine, task, mine, self.reward, num_samples=samples, seed=seed,
+                             max_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                             top_k=settings.top_k or None)
         self.model.train()
         return questions
 
     def sums(self, questions: list[Question]) -> dict[str, float]:
         """`statistics` of all ranks' questions."""
-        parts = gather(statistics(questions, self.engine.python_start))
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        parts = gather(statistics(questions, self.engine.python_start, self.engine.output_start))
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: sum(part.get(name, 0) for part in parts) for name in names}
+
+    def learn(self, questions: list[Question], sums: dict[str, float], rate: float, step: int) -> dict[str, float]:
+        """Update the weights from all ranks' questions, inner_epochs times; what it did, for the log."""
+        settings = self.settings
+        if not settings.kl and sums["all_right"] + sums["all_wrong"] == sums["questions"]:
+            return {"loss": 0.0, "rows": 0}  # nothing to learn; Muon would step on old momentum alone
+        tries = tries_of(questions, keep_decided=settings.kl > 0)
+        terms = Terms(*clips_of(settings), sums["trained"], sums["answers"], settings.max_new_tokens)
+        old = self.logprobs(tries, self.model) if tries and (settings.kl or settings.inner_epochs > 1) else None
+        reference = self.logprobs(tries, self.reference) if tries and settings.kl else None
+        loss, logp = 0.0, old
+        for epoch in range(settings.inner_epochs):
+            if tries:
+                if epoch:
+                    logp = self.logprobs(tries, self.model)
+                elif old is None:  # the gradient at ratio 1 does not depend on them
+                    logp = old = tries.mask() * 0
+                weights = token_weights(ALGORITHMS[settings.algorithm], tries, terms, logp, old, reference, settings.kl)
+                loss = learn(self.model, tries.rows, weights, self.most, self.runtime.world_size, settings.temperature)
+            check_loss(loss, step, self.optimizer, self.directory)
+            set_rates(self.optimizer, rate)
+            self.optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+        return {"loss": loss, "rows": len(tries.rows) if tries else 0,
+                **({"kl": self.distance(tries, old, reference, terms)} if settings.kl else {})}
+
+    def distance(self, tries: Tries | None, logp: Any, reference: Any, terms: Terms) -> float:
+        """KL divergence from the SFT model before the update, nats per token, over all ranks."""
+        mine = 0.0
+        if tries:
+            tables = [table[tries.place] for table in (logp, logp, reference)]
+            mine = kl_to_reference(*tables, tries.rewards, tries.mask()[tries.place], terms).item()
+        return sum(gather(mine))
+
+    def logprobs(self, tries: Tries, model: Any) -> Any:
+        return row_logprobs(model, tries.rows, self.most, self.settings.temperature)
+
+
+class Journal:
+    """What a run leaves for its readers: metrics.jsonl, rollouts.jsonl with every answer, and the curves."""
+
+    def __init__(self, settings: ChatRL, runtime: Runtime, directory: Any, step: int, loop: dict[str, list]):
+        prepare_directory(directory, runtime, step or -1)
+        self.runtime, self.rollouts = runtime, directory / "rollouts.jsonl"
+        self.history, self.evaluations = loop.get("history", []), loop.get("evaluations", [])
+        if runtime.is_main:
+            for path in (self.rollouts, directory / "metrics.jsonl"):
+                trim_metrics(path, step or -1)  # what an interrupted run wrote after its last checkpoint
+        self.metrics = MetricsLog(directory / "metrics.jsonl", settings.run, asdict(settings))
+
+    @property
+    def curve(self) -> list[float]:
+        """The mean reward of every step."""
+        return [step["reward"] for step in self.history]
+
+    def note(self, step: int, questions: list[Question], sums: dict[str, float], more: dict[str, Any]) -> None:
+        """Write down a step: one line of metrics.jsonl, one line of rollouts.jsonl per question."""
+        lines = gather([readable(step, question) for question in questions])
+        if self.runtime.is_main:
+            with open(self.rollouts, "a", encoding="utf-8") as file:
+                for part in lines:
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in part)
+        parts = [name for name in sums if name.startswith("reward_")]
+        per_answer = ("reward", *parts, "length", "cut", "tool_use", "tool_right")
+        found = {name: sums[name] / sums["answers"] for name in per_answer}
+        found["entropy"] = sums["surprise"] / max(sums["sampled"], 1)  # nats per token, estimated by the tokens drawn
+        found |= {name: sums[name] for name in ("questions", "all_right", "all_wrong")}
+        self.history.append({name: found[name] for name in ("reward", "entropy", "cut", "questions", "all_right")})
+        self.metrics.log(step=step, **found, **more)
+
+    def note_evaluation(self, step: int, steps: int, right: list[int]) -> None:
+        """pass@1 … pass@8 from how many of eight answers to each test question were right."""
+        curve = [sum(pass_at_k(EVAL_SAMPLES, n, k) for n in right) / len(right) for k in range(1, EVAL_SAMPLES + 1)]
+        self.evaluations.append({"step": step, "pass_at_k": curve})
+        self.metrics.log(step=step, pass_at_k=curve)
+        print0(f"step {step:5}/{steps}: pass@1 {curve[0]:.3f}, pass@{EVAL_SAMPLES} {curve[-1]:.3f} "
+               f"on {len(right)} test questions")
+
+
+class Run:
+    """A run of reinforcement learning at some step."""
+
+    def __init__(self, settings: ChatRL, runtime: Runtime):
+        self.settings = settings
+        folder, step = find_checkpoint("sft", settings.model_tag or None, settings.model_step)
+        self.directory = checkpoint_directory("rl", folder.name)
+        self.task = self.questions("train")
+        if not len(self.task):
+            raise NanochatError(f"task {settings.task} has no training questions: name another one with --task")
+        self.steps = settings.num_iterations
+        if self.steps < 0:
+            self.steps = max(1, settings.num_epochs * len(self.task) // settings.examples_per_step)
+        self.step = (steps_in(self.directory)[-1:] or [0])[0] if settings.resume else 0
+        source = {"stage": "sft", "model_tag": folder.name, "step": step}
+        self.policy = Policy(settings, runtime, source, self.directory, self.step)
+        self.policy.source = self.policy.meta.get("source", source)
+        self.journal = Journal(settings, runtime, self.directory, self.step, self.policy.meta.get("loop", {}))
+
+    def questions(self, split: str) -> Task:
+        return get_task(PRACTICE.get(self.settings.task, self.settings.task), split, self.settings.task_data)
 
     def train_step(self) -> float:
         """One step: answers, rewards, gradient, update; returns the mean reward."""
         settings, began = self.settings, time.perf_counter()
         numbers = questions_of_step(self.step, settings.examples_per_step, len(self.task), SEED)
-        questions = self.try_answers(self.task, numbers, settings.num_samples, SEED + self.step)
-        sums, rolled = self.sums(questions), time.perf_counter()
-        multiplier = settings.init_lr_frac * (1 - self.step / self.steps)
-        rows, loss = rows_of(questions), 0.0
-        if sums["all_right"] + sums["all_wrong"] < sums["questions"]:  # else Muon would step on old momentum alone
-            most = settings.device_batch_size * self.model.config.sequence_len
-            loss = learn(self.model, rows, sums["trained"], most, self.runtime.world_size, settings.temperature)
-            check_loss(loss, self.step, self.optimizer, self.directory)
-            set_rates(self.optimizer, multiplier)
-            self.optimizer.step()
-            self.model.zero_grad(set_to_none=True)
+        questions = self.policy.try_answers(self.task, numbers, settings.num_samples, SEED + self.step)
+        sums, rolled = self.policy.sums(questions), time.perf_counter()
+        rate = settings.init_lr_frac * (1 - self.step / self.steps)
+        done = self.policy.learn(questions, sums, rate, self.step)
         seconds = dict(rollout_seconds=round(rolled - began, 3), train_seconds=round(time.perf_counter() - rolled, 3))
-        self.note(questions, sums, dict(loss=loss, lr=multiplier, rows=len(rows), **seconds))
+        self.journal.note(self.step, questions, sums, {**done, "lr": rate, **seconds})
         self.step += 1
-        return self.curve[-1]
-
-    def note(self, questions: list[Question], sums: dict[str, float], more: dict[str, Any]) -> None:
-        """Write down a step: one line of metrics.jsonl, one line of rollouts.jsonl per question."""
-        lines = gather([readable(self.step, question) for question in questions])
-        if self.runtime.is_main:
-            with open(self.rollouts, "a", encoding="utf-8") as file:
-                for part in lines:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in part)
-        self.curve.append(sums["reward"] / sums["answers"])
-        means = {name: sums[name] / sums["answers"] for name in ("length", "cut", "tool_use")}
-        entropy = sums["surprise"] / max(sums["sampled"], 1)  # nats per token, estimated by the tokens drawn
-        self.metrics.log(step=self.step, reward=self.curve[-1], entropy=entropy, questions=sums["questions"],
-                         all_right=sums["all_right"], all_wrong=sums["all_wrong"], **means, **more)
+        return self.journal.curve[-1]
 
     def evaluate(self) -> None:
         """pass@1 … pass@8 on the test questions."""
-        task = get_task(self.settings.task, "test", self.settings.task_data)[:self.settings.eval_examples]
-        questions = self.try_answers(task, list(range(len(task))), EVAL_SAMPLES, SEED)
-        right = [sum(reward > 0 for reward in q.rewards) for part in gather(questions) for q in part]
-        curve = [sum(pass_at_k(EVAL_SAMPLES, n, k) for n in right) / len(right) for k in range(1, EVAL_SAMPLES + 1)]
-        self.evaluations.append({"step": self.step, "pass_at_k": curve})
-        self.metrics.log(step=self.step, pass_at_k=curve)
-        print0(f"step {self.step:5}/{self.steps}: pass@1 {curve[0]:.3f}, pass@{EVAL_SAMPLES} {curve[-1]:.3f} "
-               f"on {len(right)} test questions")
+        task = self.questions("test")[:self.settings.eval_examples]
+        tried = gather(self.policy.try_answers(task, list(range(len(task))), EVAL_SAMPLES, SEED))
+        right = [sum(task.reward(q.conversation, text) > 0 for text in q.texts) for part in tried for q in part]
+        self.journal.note_evaluation(self.step, self.steps, right)
 
     def save(self) -> None:
         if self.step in steps_in(self.directory):
             return  # resumed here
-        meta = {"tokenizer": self.tokenizer.fingerprint, "settings": asdict(self.settings), "source": self.source,
-                "loop": {"curve": self.curve, "evaluations": self.evaluations}}
-        save_checkpoint(self.directory, self.step, self.model, self.optimizer, meta, self.runtime)
+        policy = self.policy
+        meta = {"tokenizer": policy.tokenizer.fingerprint, "settings": asdict(self.settings), "source": policy.source,
+                "loop": {"history": self.journal.history, "evaluations": self.journal.evaluations}}
+        save_checkpoint(self.directory, self.step, policy.model, policy.optimizer, meta, policy.runtime)
+
+    def stop_if_collapsed(self) -> None:
+        """NanochatError with the reason; checkpoints written before stay."""
+        if reason := collapsed(self.journal.history, self.settings.patience):
+            saved = steps_in(self.directory)
+            last = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint was written yet"
+            raise NanochatError(f"stopped at step {self.step}: {reason}. Read {self.journal.rollouts}; {last}. "
+                                "Try a lower --init-lr-frac, or hold the model with --kl 0.05")
 
     def report(self) -> None:
         """What the run measured: the reward of its first and last steps (up to five), and of every step."""
-        few = min(5, len(self.curve))
-        first, last = (sum(part) / max(few, 1) for part in (self.curve[:few], self.curve[len(self.curve) - few:]))
-        write_result("rl", reward_start=first, reward=last, steps=self.steps, curve=self.curve,
-                     evaluations=self.evaluations, task=self.settings.task)
+        curve = self.journal.curve
+        few = min(5, len(curve))
+        first, last = (sum(part) / max(few, 1) for part in (curve[:few], curve[len(curve) - few:]))
+        write_result("rl", reward_start=first, reward=last, steps=self.steps, curve=curve, task=self.settings.task,
+                     evaluations=self.journal.evaluations, algorithm=self.settings.algorithm)
 
 
 def chat_rl(settings: ChatRL) -> None:
@@ -198,19 +295,21 @@ def chat_rl(settings: ChatRL) -> None:
         if last or settings.save_every > 0 and run.step > 0 and run.step % settings.save_every == 0:
             run.save()
         due = settings.eval_every > 0 and (last or run.step % settings.eval_every == 0)
-        if due and run.step not in [evaluation["step"] for evaluation in run.evaluations]:
+        if due and run.step not in [evaluation["step"] for evaluation in run.journal.evaluations]:
             run.evaluate()
         if last:
             break
         bar.set_postfix_str(f"reward {run.train_step():.3f}", refresh=False)
         bar.update()
+        run.stop_if_collapsed()
     bar.close()
-    run.metrics.close()
+    run.journal.metrics.close()
     run.report()
-    if not any(run.curve):
+    curve = run.journal.curve
+    if not any(curve):
         print0("no answer ever earned anything, so there was nothing to learn from: fine-tune longer first, or "
                "practise an easier task")
-    print0(f"reward by step: {' '.join(f'{reward:.2f}' for reward in run.curve)}: {run.directory}")
+    print0(f"reward by step: {' '.join(f'{reward:.2f}' for reward in curve)}: {run.directory}")
 
 
 if __name__ == "__main__":

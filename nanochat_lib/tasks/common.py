@@ -82,6 +82,27 @@ class TaskMixture(TaskSequence):
         random.Random(42).shuffle(self.pairs)
 
 
+class Practice(TaskMixture):
+    """Graded tasks practised as one, the smaller ones repeated to come about as often as the largest."""
+
+    eval_type = "generative"
+
+    def __init__(self, tasks: Sequence[Task]):
+        largest = max(map(len, tasks))
+        super().__init__([task for task in tasks for _ in range(max(1, round(largest / max(len(task), 1))))])
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = super().__getitem__(index)
+        return found if isinstance(index, slice) else {**found, "judge": self.pairs[index][0]}
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        return self.tasks[conversation["judge"]].evaluate(conversation, answer)
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        """What the task that the question is from pays for it."""
+        return self.tasks[conversation["judge"]].reward(conversation, answer)
+
+
 PARTS = ("text", "python", "python_output")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from nanochat_lib.common import NanochatError, base_dir, print0
 from nanochat_lib.tasks.arc import ARC
-from nanochat_lib.tasks.common import Task, TaskMixture
+from nanochat_lib.tasks.common import Practice, Task, TaskMixture
 from nanochat_lib.tasks.customjson import CustomJSON
 from nanochat_lib.tasks.gsm8k import gsm8k
 from nanochat_lib.tasks.humaneval import HumanEval
@@ -46,7 +46,10 @@ EVALUATED = {
 
 def get_task(name: str, split: str = "test", data: str = "") -> Task:
     """A task by name (`GSM8K`, `arc-easy`, `word_problems_2`…), or a class of one's own as `module:Class`, called with
-    the split. `data` is a folder to read from instead of the hub. NanochatError on unknown names."""
+    the split, or several joined by `|`. `data` is a folder to read from instead of the hub. NanochatError on unknown
+    names."""
+    if "|" in name:
+        return Practice([get_task(each, split, data) for each in name.split("|")])
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
