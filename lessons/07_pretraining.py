@@ -25,6 +25,7 @@
 # %%
 #| export
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -39,6 +40,7 @@ from nanochat_lib.tokenizer import Tokenizer
 
 BUFFER = 1000  # tokenized documents to choose from: enough that one of about the right length is always there
 CHUNK = 128    # documents read and tokenized at a time
+AHEAD = 4      # such chunks wait, ready, while training computes
 
 # %% [markdown]
 # ## Rows without padding
@@ -213,7 +215,7 @@ def flat(buffer: list) -> list[tuple[list, int]]:
     return [(where, index) for where, indices in buffer for index in indices]
 
 # %% [markdown]
-# The loader itself: a thread reads and tokenizes one chunk ahead; the buffer is topped up before each choice;
+# The loader itself: a thread reads and tokenizes some chunks ahead; the buffer is topped up before each choice;
 # `state()` may be asked for after any batch.
 
 # %%
@@ -231,7 +233,8 @@ class PackedLoader:
         self.tokenizer, self.batch_size, self.seq_len, self.buffer_size = tokenizer, batch_size, seq_len, buffer_size
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.units = row_groups(data_dir, split)
-        self.thread = ThreadPoolExecutor(1)
+        deal(self.units, rank, world_size)  # too few documents for so many processes: said now
+        self.thread, self.ahead = ThreadPoolExecutor(1, "loader"), deque()
         self.rewind(state)
 
     def rewind(self, state: dict | Sequence[dict] | None = None) -> None:
@@ -249,8 +252,19 @@ class PackedLoader:
         self.buffer = BestFit()
         for document in self._read_again(waiting):
             self.buffer.add(document)
-        self.chunks, self.chunk = self._chunks(*self.position), []
-        self.ahead = self.thread.submit(next, self.chunks)
+        for job in self.ahead:
+            job.cancel()
+        self.chunks, self.chunk, self.ahead = self._chunks(*self.position), [], deque()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Keep the thread busy: AHEAD chunks are read and tokenized, or will be."""
+        while len(self.ahead) < AHEAD:
+            self.ahead.append(self.thread.submit(next, self.chunks))
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     def state(self) -> dict[str, Any]:
         """Where this rank stands, as JSON: what to read next, and which documents wait in the buffer."""
@@ -284,8 +298,8 @@ class PackedLoader:
     def _add_document(self) -> None:
         """Move the next document of the data into the buffer."""
         if not self.chunk:
-            self.chunk = self.ahead.result()[::-1]
-            self.ahead = self.thread.submit(next, self.chunks)
+            self.chunk = self.ahead.popleft().result()[::-1]
+            self._read_ahead()
         document = self.chunk.pop()
         self.buffer.add(document)
         self.position = document.position
@@ -390,9 +404,6 @@ from nanochat_lib.gpt import GPT, GPTConfig
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens a step, at which the rates were tuned
-H100_FLOPS = 989e12      # dense bfloat16
-ASSUMED_MFU = 0.45       # for estimates of hours only
-DOLLARS_PER_GPU_HOUR = 3.0
 
 
 def model_config(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len: int = 2048,
@@ -444,10 +455,9 @@ class Recipe:
         return float(self.tokens) * self.flops_per_token
 
     def describe(self) -> dict[str, str]:
-        """The recipe in words, with what it would take on eight H100s (an estimate: at 45 % of their peak)."""
-        hours = self.flops / (8 * H100_FLOPS * ASSUMED_MFU) / 3600
+        """The recipe in words."""
         config = self.config
-        words = {
+        return {
             "model": f"depth {self.depth}, width {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
                      f"context {config.sequence_len}, vocabulary {config.vocab_size:,}",
             "parameters": f"{self.parameters:,} ({self.scaling_params:,} in matrices and lm_head)",
@@ -456,10 +466,6 @@ class Recipe:
             "FLOPs": f"{self.flops:.2e} ({self.flops_per_token:.2e} a token)",
             "rates": f"× {self.learning_rate_scale:.3f}, weight decay {self.weight_decay:.4f}",
         }
-        if hours >= 0.01:
-            words["on 8×H100"] = (f"about {hours:.2f} h, {hours * 8 * DOLLARS_PER_GPU_HOUR:.2f} dollars at "
-                                  f"{DOLLARS_PER_GPU_HOUR:.0f} a GPU hour and {ASSUMED_MFU:.0%} of peak")
-        return words
 
 
 def optimal_batch_size(tokens: float, reference_tokens: float) -> int:
@@ -524,12 +530,141 @@ for ax, (name, values) in zip(axes, curves.items()):
     ax.set(xlabel="depth (layers)", title=name)
 
 # %% [markdown]
-# What a GPT-2 grade model takes, at the ratio of 8 that is just enough for it (what `base_train --depth=24
-# --target-param-data-ratio=8 --dry-run` prints). The hours are an estimate, the rest is arithmetic:
+# ## What it takes
+#
+# Before eight GPUs are rented one wants to know: does it fit, how long, how much? Memory of one GPU is counted from
+# the shapes: weights and gradients are whole on each, the optimizer's state is dealt to all (lesson 05). Of
+# activations a layer keeps about 17 numbers per token and channel for the backward pass (arXiv 2205.05198 counts
+# the same for GPT-3's layers): the inputs of its products, q, k, v and twice the MLP's four-fold width. Hours rest on
+# an assumption, the part of the chip's peak that is used (MFU), and dollars on a price; both are flags.
 
 # %%
-for name, value in recipe(24, target_param_data_ratio=8).describe().items():
+#| export budget
+"""What a run takes: memory of each GPU, hours, dollars."""
+
+# %%
+#| export budget
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.gpt import GPT
+from nanochat_lib.optim import parameter_groups
+from nanochat_lib.scaling import Recipe, on_meta
+
+# name in torch.cuda.get_device_name(): (dense bfloat16 FLOP/s, memory in GB), from the makers' data sheets
+CHIPS = {"GB200": (2500e12, 186), "B200": (2250e12, 180), "H200": (989e12, 141), "H100 NVL": (835e12, 94),
+         "H100 PCIe": (756e12, 80), "H100": (989e12, 80), "GH200": (989e12, 96), "A100": (312e12, 80),
+         "L40S": (362e12, 48), "L4": (121e12, 24), "A10": (125e12, 24), "A6000": (155e12, 48),
+         "RTX 5090": (209e12, 32), "RTX 4090": (165e12, 24), "RTX 3090": (71e12, 24), "MI300X": (1307e12, 192)}
+LAYER_NUMBERS = 17  # kept for backward, per token, layer and channel
+OUTER_NUMBERS = 5   # and per token and channel outside the layers
+HEAD_ROWS = 4096    # tokens whose logits exist at a time
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 FLOP/s of a device's chip; 0 where it is not known (any CPU)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    chip = max((chip for chip in CHIPS if chip in name), key=len, default="")  # "H100 PCIe" rather than "H100"
+    return CHIPS[chip][0] if chip else 0.0
+
+
+@dataclass
+class Machine:
+    """The machine that --dry-run reckons with."""
+
+    gpus: int = 8
+    chip: str = "H100"                # see CHIPS
+    mfu: float = 0.45                 # part of the chip's peak that training reaches
+    dollars_per_gpu_hour: float = 3.0
+
+    def __post_init__(self):
+        if self.chip not in CHIPS:
+            raise NanochatError(f"--chip {self.chip} is unknown: choose {', '.join(CHIPS)}")
+        if self.gpus < 1 or not 0 < self.mfu <= 1:
+            raise NanochatError(f"--gpus {self.gpus} --mfu {self.mfu}: give at least one GPU, and an MFU within 0 … 1")
+
+# %%
+#| export budget
+def optimizer_bytes(model: GPT, gpus: int) -> int:
+    """Bytes of optimizer state on the GPU that holds most: AdamW's two moments; Muon's one, and its row variances."""
+    total = 0
+    for group in parameter_groups(model):
+        shapes = [p.shape for p in group["params"]]
+        if group["kind"] == "muon":
+            rows, cols = shapes[0]
+            total += 4 * math.ceil(len(shapes) / gpus) * (rows * cols + max(rows, cols))
+        else:
+            total += 8 * sum(shape.numel() if shape.numel() < 1024 else
+                             math.ceil(shape[0] / gpus) * shape.numel() // shape[0] for shape in shapes)
+    return total
+
+
+def memory_of(dial: Recipe, device_batch: int, gpus: int) -> dict[str, int]:
+    """Bytes on one GPU by part, with activations in bfloat16 and the embeddings stored so.
+
+    Activations are gone when the optimizer steps, and its buffers before: the larger of the two counts in `total`.
+    """
+    config, model = dial.config, on_meta(dial.config)
+    embeddings = sum(p.numel() for table in (model.transformer.wte, model.value_embeds) for p in table.parameters())
+    weights = 2 * embeddings + 4 * (dial.parameters - embeddings)
+    tokens = min(device_batch * config.sequence_len, dial.total_batch_size // gpus)
+    activations = 2 * tokens * config.n_embd * (LAYER_NUMBERS * config.n_layer + OUTER_NUMBERS)
+    logits = 2 * 4 * min(tokens, HEAD_ROWS) * config.padded_vocab_size
+    matrices = 4 * sum(p.numel() for p in model.transformer.h.parameters())
+    parts = {"weights": weights, "gradients": weights, "optimizer state": optimizer_bytes(model, gpus),
+             "activations": activations + logits, "optimizer step": matrices + 6 * math.ceil(matrices / gpus / 4)}
+    return {**parts, "total": 2 * weights + parts["optimizer state"] + max(parts["activations"], parts["optimizer step"])}
+
+
+def fitting_batch(dial: Recipe, device_batch: int, gpus: int, limit: float) -> int:
+    """The largest half, quarter, … of a device batch that fits into `limit` bytes; 0 if none does."""
+    while device_batch and memory_of(dial, device_batch, gpus)["total"] > limit:
+        device_batch //= 2
+    return device_batch
+
+
+def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str, str]:
+    """Memory, hours and dollars in words, with what was assumed."""
+    peak, gigabytes = CHIPS[plan.chip]
+    memory = memory_of(dial, device_batch, plan.gpus)
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if name != "total")
+    fits = fitting_batch(dial, device_batch, plan.gpus, 0.92e9 * gigabytes)  # the rest: CUDA itself, fragments
+    advice = "" if fits == device_batch else f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
+    hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
+    return {
+        "memory": f"about {memory['total'] / 1e9:.1f} of {gigabytes} GB on each of {plan.gpus} {plan.chip} with "
+                  f"{device_batch} rows at a time ({parts}){advice}",
+        "time": f"about {hours:.2f} h at {plan.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (--mfu)",
+        "price": f"about {hours * plan.gpus * plan.dollars_per_gpu_hour:.2f} dollars at {plan.dollars_per_gpu_hour:g} "
+                 "a GPU hour (--dollars-per-gpu-hour)",
+    }
+
+# %% [markdown]
+# A GPT-2 grade model, at the ratio of 8 tokens per parameter that is just enough for it; this is what `base_train --depth=24
+# --target-param-data-ratio=8 --device-batch-size=16 --dry-run` prints:
+
+# %%
+from nanochat_lib.budget import Machine, describe_budget, memory_of
+
+gpt2_grade = recipe(24, target_param_data_ratio=8)
+for name, value in {**gpt2_grade.describe(), **describe_budget(gpt2_grade, 16, Machine())}.items():
     print(f"{name:12} {value}")
+
+# %%
+figure, ax = plt.subplots(figsize=(8, 2.4), layout="constrained")
+chosen = ("weights", "gradients", "optimizer state", "activations")
+for y, (gpus, rows) in enumerate(((1, 16), (8, 16), (8, 32))):
+    left = 0
+    for name, colour in zip(chosen, plt.get_cmap("tab10").colors):
+        size = memory_of(gpt2_grade, rows, gpus)[name] / 1e9
+        ax.barh(y, size, left=left, color=colour, label=name if y == 0 else None)
+        left += size
+_ = ax.axvline(80, color="black", linestyle=":", label="one H100")
+ax.set(xlabel="GB on each GPU, depth 24", yticks=range(3), yticklabels=["1 GPU, 16 rows", "8 GPUs, 16 rows", "8 GPUs, 32 rows"])
+_ = ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 # %% [markdown]
 # ## Schedules
@@ -591,7 +726,8 @@ assert max(learning_rate_multiplier(step, 60, warmup_of(60)) for step in range(6
 # 1. `model_000600.safetensors`, the weights (no pickle: a checkpoint from a stranger cannot run code);
 # 2. `optim_000600/`, the optimizer's state, written by all ranks together with `torch.distributed.checkpoint`,
 #    which gives each rank of a later run its share, also when there are more ranks or fewer;
-# 3. `meta_000600.json`, **last**: settings, the loader's state, the loop's. Without it the other two do not count.
+# 3. `meta_000600.json`, **last**: settings, the loader's state, the loop's, and the checksums of the other files.
+#    Without it the others do not count.
 
 # %%
 #| export checkpoint
@@ -600,6 +736,8 @@ assert max(learning_rate_multiplier(step, 60, warmup_of(60)) for step in range(6
 # %%
 #| export checkpoint
 import contextlib
+import errno
+import hashlib
 import re
 import shutil
 import warnings
@@ -642,9 +780,18 @@ def steps_in(directory: Path) -> list[int]:
     found = (re.fullmatch(r"meta_(\d{6,})\.json", path.name) for path in Path(directory).glob("meta_*.json"))
     return sorted(int(match[1]) for match in found if match)
 
+
+def remove_checkpoint(directory: Path, step: int) -> None:
+    """Delete what there is of a checkpoint, the metadata first: half-deleted, it no longer counts."""
+    weights, state, metadata = files_of(directory, step)
+    metadata.unlink(missing_ok=True)
+    weights.unlink(missing_ok=True)
+    shutil.rmtree(state, ignore_errors=True)
+
 # %% [markdown]
 # Saving is a collective act: all ranks write their slices of the optimizer state, then meet, and only then does
-# rank 0 write the metadata. If a step is saved again, its old metadata goes first.
+# rank 0 write the metadata. A rank whose disk is full must not leave the others waiting, so each part ends with a
+# meeting in which every rank tells whether it failed.
 
 # %%
 #| export checkpoint
@@ -653,13 +800,28 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """One value of every rank, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+@contextlib.contextmanager
+def together(group: dist.ProcessGroup | None, where: Path) -> Iterator[None]:
+    """A part of saving that fails on all ranks if it fails on one; what went wrong is raised as an OSError."""
+    error = None
+    try:
+        yield
+    except OSError as failure:
+        error = failure
+    except (SafetensorError, dcp.api.CheckpointException) as failure:
+        full = "No space left" in str(failure) or "StorageFull" in str(failure)
+        error = OSError(errno.ENOSPC if full else errno.EIO, str(failure).strip().split("\n")[0][:300], str(where))
+    if failures := [failure for failure in gather(error, group) if failure]:
+        raise failures[0]
 
 
 @contextlib.contextmanager
@@ -670,27 +832,58 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+# %%
+#| export checkpoint
+def state_of(model: torch.nn.Module, optimizer: Any) -> tuple[dict, dict | None]:
+    """(weights by name, optimizer state by name or None), sharing the memory in which training goes on."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
+    return model.state_dict(), optimizer.checkpoint_state() if optimizer is not None else None
+
+
+def write_checkpoint(directory: Path, step: int, weights: dict, state: dict | None, meta: dict[str, Any], rank: int = 0,
+                     group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint from tensors; all ranks call it. OSError on all of them if it fails on one: nothing is left."""
+    file, folder, metadata = files_of(directory, step)
+    try:
+        with together(group, file):
+            if rank == 0:
+                remove_checkpoint(directory, step)  # one of the same step, of an earlier run
+                with write_aside(file) as aside:
+                    save_file({name: value.detach().contiguous() for name, value in weights.items()}, aside)
+        if state is not None:
+            with together(group, folder), _quiet():
+                dcp.save(state, checkpoint_id=folder, process_group=group)
+        with together(group, metadata):
+            mine = sorted(folder.glob(f"__{rank}_*"))  # each rank reads again what it wrote
+            mine += [file, *folder.glob(".metadata")] if rank == 0 else []
+            sums = {f"{path.relative_to(directory)}": checksum(path) for path in mine}
+        sums = {name: value for part in gather(sums, group) for name, value in part.items()}
+        with together(group, metadata):
+            if rank == 0:
+                write_json(metadata, {"step": step, **meta, "checksums": sums})
+    except OSError:
+        if rank == 0:
+            remove_checkpoint(directory, step)  # makes room on a full disk
+        raise
+
+
 def save_checkpoint(directory: Path, step: int, model: torch.nn.Module, optimizer: Any, meta: dict[str, Any],
                     runtime: Runtime) -> None:
     """Write checkpoint `step`; all ranks call it. Killed at any moment, it leaves the earlier checkpoints as they were.
 
     `meta` is JSON-able: at least {"tokenizer": fingerprint}; model_config and step are added. `optimizer` may be None.
     """
-    weights, state, metadata = files_of(directory, step)
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
-    if runtime.is_main:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        metadata.unlink(missing_ok=True)
-        shutil.rmtree(state, ignore_errors=True)
-        with write_aside(weights) as aside:
-            save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, aside)
-    barrier()
-    if optimizer is not None:
-        with _quiet():
-            dcp.save(optimizer.checkpoint_state(), checkpoint_id=state)
-    barrier()
-    if runtime.is_main:
-        write_json(metadata, {"step": step, "model_config": asdict(model.config), **meta})
+    model = getattr(model, "_orig_mod", model)
+    write_checkpoint(Path(directory), step, *state_of(model, optimizer),
+                     {"model_config": asdict(model.config), **meta}, runtime.rank)
 
 # %% [markdown]
 # What a killed run left half-written is swept away when the next one starts. A run started anew under the same name
@@ -702,7 +895,7 @@ def clean_unfinished(directory: Path) -> None:
     """Remove what a killed save left in a folder: temporary files, and weights and states without metadata."""
     done = set(steps_in(directory))
     for path in [*Path(directory).glob("model_*.safetensors"), *Path(directory).glob("optim_*"),
-                 *Path(directory).glob(".*.part")]:
+                 *Path(directory).glob(".*.part"), *Path(directory).glob(".tmp*")]:  # the last are safetensors' own
         step = re.match(r"(?:model|optim)_(\d{6,})", path.name)
         if step is None or int(step[1]) not in done:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -738,7 +931,8 @@ def prepare_directory(directory: Path, runtime: Runtime, resume_step: int = -1) 
 
 # %% [markdown]
 # Reading has to answer which model is meant. With no tag it is the newest of the deepest ones, and we say which:
-# depth is read from the metadata, not from the folder's name.
+# depth is read from the metadata, not from the folder's name. And it has to notice a file that a disk, a copy or a
+# hand has changed: a flipped bit in a weight gives no error, only a worse model.
 
 # %%
 #| export checkpoint
@@ -766,15 +960,37 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     return read_json(files_of(directory, step)[2])
 
 
+def damaged(path: Path, reason: Any, directory: Path, step: int) -> NanochatError:
+    """The error for a checkpoint that cannot be used: which file, and how to go on without it."""
+    earlier = [other for other in steps_in(directory) if other < step]
+    then = f"and the same command again, to go on from step {earlier[-1]}" if earlier else "and train anew"
+    reason = str(reason).strip().split("\n")[0][:200]
+    return NanochatError(f"{path} is damaged ({reason}): run rm {files_of(directory, step)[2]} {then}")
+
+
+def verify(directory: Path, step: int, kind: str, rank: int = 0, world_size: int = 1) -> None:
+    """NanochatError unless the files of a `kind`, "model" or "optim", are those that were written (a rank's share)."""
+    sums = read_meta(directory, step).get("checksums", {})
+    for name, expected in [pair for pair in sorted(sums.items()) if pair[0].startswith(kind)][rank::world_size]:
+        path = Path(directory) / name
+        if not path.exists():
+            raise damaged(path, "it is missing", directory, step)
+        if checksum(path) != expected:
+            raise damaged(path, "it is not what was written: the checksum differs", directory, step)
+
+# %%
+#| export checkpoint
 def load_weights(model: GPT, directory: Path, step: int) -> None:
     """Put a checkpoint's weights into a model of the same configuration. A damaged file is a NanochatError."""
-    weights, _, metadata = files_of(directory, step)
+    file, _, _ = files_of(directory, step)
+    if not file.exists() and file.with_suffix(".pt").exists():
+        raise NanochatError(f"{file.with_suffix('.pt')} is a checkpoint of nanochat: run "
+                            f"python -m nanochat_lib.scripts.import_checkpoint {directory}")
+    verify(directory, step, "model")
     try:
-        model.load_state_dict(load_file(weights), strict=True)
+        model.load_state_dict(load_file(file), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise NanochatError(f"{weights} is damaged ({reason}): delete {metadata} to fall back to an earlier "
-                            "checkpoint, then run the same command again") from None
+        raise damaged(file, error, directory, step) from None
 
 
 def load_optimizer(directory: Path, step: int, optimizer: Any) -> None:
@@ -783,14 +999,19 @@ def load_optimizer(directory: Path, step: int, optimizer: Any) -> None:
     if not path.exists():
         raise NanochatError(f"no optimizer state in {path}: start without it (chat_sft --load-optimizer=0), "
                             "or train anew")
+    failure = None
+    try:  # each rank checks some of the files, all hear of it
+        verify(directory, step, "optim", *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
+    except NanochatError as error:
+        failure = error
+    if failures := [each for each in gather(failure) if each]:
+        raise failures[0]
     state = optimizer.checkpoint_state()
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=path)
     except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise NanochatError(f"{path} is damaged or of another model ({reason}): delete "
-                            f"{files_of(directory, step)[2]} to fall back to an earlier checkpoint") from None
+        raise damaged(path, f"or of another model: {error}", directory, step) from None
     optimizer.load_checkpoint_state(state)
 
 
@@ -824,7 +1045,8 @@ def write_result(name: str, **values: Any) -> None:
         write_json(base_dir() / "report" / f"result_{name}.json", values)
 
 # %% [markdown]
-# A checkpoint half-written is no checkpoint. Here the process is "killed" just before the metadata:
+# A checkpoint half-written is no checkpoint. Here the process is "killed" just before the metadata; and then a
+# single bit of the weights is flipped:
 
 # %%
 from nanochat_lib import checkpoint
@@ -840,6 +1062,202 @@ checkpoint.save_checkpoint(folder, 20, model, optimizer, {"tokenizer": tokenizer
 print(sorted(path.name for path in folder.iterdir()), "→ step", checkpoint.find_checkpoint("base", "demo")[1])
 checkpoint.prepare_directory(folder, alone, 10)
 print(sorted(path.name for path in folder.iterdir()))
+
+weights = bytearray((folder / "model_000010.safetensors").read_bytes())
+weights[-1000] ^= 1
+(folder / "model_000010.safetensors").write_bytes(weights)
+try:
+    checkpoint.load_weights(model, folder, 10)
+except NanochatError as error:
+    print(str(error).replace(scratch, "…"))
+
+# %% [markdown]
+# ## Saving while training goes on
+#
+# Writing takes long: model and optimizer of depth 24 are 15 GB. But only reading the weights must not be disturbed, and
+# weights change at one moment of a step alone, when the optimizer steps. So a thread copies them into other memory
+# while the next forward and backward pass compute with them, and then writes the copy while training goes on:
+#
+# | training | forward and backward | **wait** | optimizer | forward and backward | optimizer | … |
+# |---|---|---|---|---|---|---|
+# | thread | copy | | write weights | write state | checksums | metadata |
+#
+# Training stops for what the copy takes longer than the gradients. If the disk is full, the run goes on and says so;
+# the older checkpoints stay. On several ranks the threads have a process group of their own, so that their meetings
+# do not get between those of training.
+
+# %%
+#| export saver
+"""Saving in the background: the state is copied while gradients are computed, and written while training goes on."""
+
+# %%
+#| export saver
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanochat_lib.checkpoint import remove_checkpoint, state_of, steps_in, write_checkpoint
+from nanochat_lib.common import Runtime, print0
+
+
+class HostCopy:
+    """A copy of tensors in host memory that is made in the background; its memory is kept for the next copy."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.stream = self.event = None
+        self.mesh = None
+        if group is not None:
+            from torch.distributed.device_mesh import DeviceMesh
+            self.mesh = DeviceMesh.from_group(group, "cpu")
+
+    def start(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Look at the tensors, and on CUDA start to copy them, on a stream of its own."""
+        self.tensors = tensors
+        self.sources = {name: value.to_local() if hasattr(value, "to_local") else value.detach()
+                        for name, value in tensors.items()}
+        on_cuda = any(value.is_cuda for value in self.sources.values())
+        if self.buffers.keys() != self.sources.keys():
+            self.buffers = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=on_cuda)
+                            for name, value in self.sources.items()}
+        if on_cuda:
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self._copy()
+            self.event = self.stream.record_event()
+
+    def _copy(self) -> None:
+        for name, value in self.sources.items():
+            self.buffers[name].copy_(value, non_blocking=True)
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """In the thread: the copies, when they are made; of a DTensor a DTensor in host memory."""
+        if self.event:
+            self.event.synchronize()
+        else:
+            self._copy()
+        return {name: self._like(self.buffers[name], value) for name, value in self.tensors.items()}
+
+    def _like(self, local: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if not hasattr(value, "to_local"):
+            return local
+        from torch.distributed.tensor import DTensor
+        return DTensor.from_local(local, self.mesh, value.placements, run_check=False, shape=value.shape,
+                                  stride=value.stride())
+
+# %%
+#| export saver
+class Saver:
+    """Saves one model and optimizer in the background, the last `keep` checkpoints of them (−1: all).
+
+    All ranks make one, and call `save` at the same steps. Use it as a context: on leaving, the last save is waited for.
+    `stopped` and `saving` count the seconds that training waited, and that saving took.
+    """
+
+    def __init__(self, directory: Path, model: torch.nn.Module, optimizer: Any, runtime: Runtime, keep: int = -1):
+        self.directory, self.model, self.optimizer = Path(directory), model, optimizer
+        self.runtime, self.keep = runtime, keep
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.weights, self.state = HostCopy(), HostCopy(self.group)
+        self.thread = ThreadPoolExecutor(1, "saver")
+        self.copied, self.job, self.failure = Future(), None, None
+        self.stopped = self.saving = 0.0
+
+    def save(self, step: int, meta: dict[str, Any]) -> None:
+        """Start to save the state of this moment. An earlier save is waited for."""
+        with self.stopping():
+            self.wait()
+            weights, state = state_of(self.model, self.optimizer)
+            if self.runtime.is_main:
+                self.weights.start(weights)
+            self.state.start(state)
+            meta = {"model_config": asdict(self.model.config), **meta}
+            self.copied = Future()
+            self.job = self.thread.submit(self._save, step, meta, self.copied)
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Counts what is done inside as time in which training stopped."""
+        started = time.perf_counter()
+        yield
+        self.stopped += time.perf_counter() - started
+
+    def _save(self, step: int, meta: dict[str, Any], copied: Future) -> float:
+        """In the thread: copy, write, delete the oldest; returns the seconds it took."""
+        started = time.perf_counter()
+        try:
+            weights, state = self.weights.finish() if self.runtime.is_main else {}, self.state.finish()
+        finally:
+            copied.set_result(None)
+        write_checkpoint(self.directory, step, weights, state, meta, self.runtime.rank, self.group)
+        if self.runtime.is_main and self.keep > 0:
+            for old in steps_in(self.directory)[:-self.keep]:
+                remove_checkpoint(self.directory, old)
+        return time.perf_counter() - started
+
+    def before_step(self) -> None:
+        """Call it before weights change: waits until they are copied, and reports a save that has failed."""
+        if self.job is None:
+            return
+        if self.state.event:  # on CUDA the device waits, not we
+            for copy in (self.weights, self.state):
+                if copy.event:
+                    torch.cuda.current_stream().wait_event(copy.event)
+        else:
+            with self.stopping():
+                self.copied.result()
+        if self.job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save under way. One that failed is reported; the checkpoints before it are as they were."""
+        if self.job is None:
+            return
+        try:
+            self.saving += self.job.result()
+            self.failure = None
+        except OSError as error:
+            self.failure = error
+            steps = steps_in(self.directory)
+            print0(f"a checkpoint could not be saved ({error}): training goes on; make room in {self.directory}, "
+                   f"where the last good one is {f'step {steps[-1]}' if steps else 'none'}")
+        self.job = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.wait()
+        self.thread.shutdown()
+        if self.failure and kind is None:
+            raise self.failure
+
+# %% [markdown]
+# The same model, saved with training going on. The weights are changed as soon as `before_step` allows it, and yet
+# what was saved is the old state:
+
+# %%
+from nanochat_lib.saver import Saver
+
+before = {name: value.clone() for name, value in model.state_dict().items()}
+with Saver(folder, model, optimizer, alone, keep=2) as saver:
+    for step in (30, 40, 50):
+        saver.save(step, {"tokenizer": tokenizer.fingerprint})
+        saver.before_step()
+        with torch.no_grad():
+            model.lm_head.weight += 1
+print("steps kept:", checkpoint.steps_in(folder))
+checkpoint.load_weights(model, folder, 50)
+print("lm_head, against the first save:", (model.lm_head.weight - before["lm_head.weight"]).mean().round().item())
+assert checkpoint.steps_in(folder) == [40, 50]
 
 # %% [markdown]
 # ## What every training loop shares
@@ -865,9 +1283,6 @@ import psutil
 import torch
 
 from nanochat_lib.common import NanochatError, all_reduce_sum, print0, write_aside
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
-
 
 def divide_batch(total: int, device_batch: int, seq_len: int, world_size: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches a step) for `total` tokens a step over all processes.
@@ -946,26 +1361,55 @@ def accumulate(model: torch.nn.Module, batches: Iterator, micro_batches: int, sc
 #| export training
 def check_loss(loss: float, step: int, optimizer: Any, directory: Path) -> None:
     """Stop a run whose loss is no number before it spoils the weights; says which gradients blew up."""
-    if math.isfinite(loss):
-        return
+    if not math.isfinite(loss):
+        raise NanochatError(f"the loss is {loss} at step {step}: stopped ({last_good(directory)}); "
+                            f"norms of the gradients: {gradient_norms(optimizer)}")
+
+
+def gradient_norms(optimizer: Any) -> str:
+    """The norm of each group's gradients (on this process), in words."""
     norms = {group.get("name", index): sum(p.grad.float().square().sum().item() for p in group["params"]
                                            if p.grad is not None) ** 0.5
              for index, group in enumerate(optimizer.param_groups)}
-    worst = ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items())
-    raise NanochatError(f"the loss is {loss} at step {step}: stopped ({last_good(directory)}); "
-                        f"norms of the gradients: {worst}")
+    return ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items())
+
+
+class LossWatch:
+    """Stops a run whose loss has exploded: for `patience` steps in a row 3 nats above its best, or 1 above ignorance."""
+
+    def __init__(self, vocab_size: int, state: dict | None = None, patience: int = 20):
+        self.ignorance, self.patience = math.log(vocab_size), patience  # all tokens alike: ln(vocab) nats
+        self.best, self.recent, self.bad = (state["best"], state["recent"], state["bad"]) if state else (None, None, 0)
+
+    def state(self) -> dict[str, float | None]:
+        return {"best": self.best, "recent": self.recent, "bad": self.bad}
+
+    def check(self, loss: float, step: int, optimizer: Any, directory: Path) -> None:
+        """Take note of a step's loss; NanochatError if it is no number, or if the run has gone bad."""
+        check_loss(loss, step, optimizer, directory)
+        limit = 1 + (self.ignorance if self.best is None else min(self.ignorance, self.best + 2))
+        self.bad = self.bad + 1 if loss > limit else 0
+        if self.bad == self.patience:
+            best = "" if self.best is None else f", after a best of {self.best:.2f}"
+            raise NanochatError(f"the loss has exploded: above {limit:.2f} for {self.patience} steps{best}, {loss:.2f} "
+                                f"at step {step}: stopped ({last_good(directory, step - self.patience + 1)}); "
+                                f"norms of the gradients: {gradient_norms(optimizer)}")
+        self.recent = loss if self.recent is None else 0.9 * self.recent + 0.1 * loss
+        self.best = self.recent if self.best is None else min(self.best, self.recent)
 
 
 def check_weights(model: torch.nn.Module, step: int, directory: Path) -> None:
     """Refuse to save weights that hold no numbers."""
-    bad = [name for name, value in model.named_parameters() if not value.isfinite().all()]
-    if bad:
-        raise NanochatError(f"{bad[0]} is not finite at step {step}: stopped ({last_good(directory)})")
+    parameters = dict(model.named_parameters())
+    if not torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters.values()))]).isfinite().all():
+        bad = next((name for name, value in parameters.items() if not value.isfinite().all()), "a weight")
+        raise NanochatError(f"{bad} is not finite at step {step}: stopped ({last_good(directory)})")
 
 
-def last_good(directory: Path) -> str:
-    """Which checkpoint to go back to, in words."""
+def last_good(directory: Path, before: float = math.inf) -> str:
+    """Which checkpoint to go back to, in words: the last one, or the last of a step up to `before`."""
     steps = sorted(int(path.stem[5:]) for path in Path(directory).glob("meta_*.json"))
+    steps = [step for step in steps if step <= before]
     return (f"last good checkpoint: step {steps[-1]} in {directory}; go on with --resume-from-step={steps[-1]} "
             "and lower rates" if steps else "there is no checkpoint yet: start again with lower rates")
 
@@ -1009,35 +1453,35 @@ def trim_metrics(path: Path, step: int) -> None:
 # %% [markdown]
 # ## The run
 #
-# Settings first. The flags and their defaults are nanochat's; `--dry-run` prints the recipe and stops.
+# Settings first. The flags and their defaults are nanochat's; `--dry-run` prints the recipe with what it costs, and
+# stops.
 
 # %%
-#| export scripts/base_train
-"""Pretraining: the whole recipe follows from --depth. Alone, or under torchrun on any number of processes."""
+#| export pretraining
+"""A pretraining run at some step: model, optimizer, loader and the state of the loop, all of which a checkpoint keeps."""
 
 # %%
-#| export scripts/base_train
+#| export pretraining
 import dataclasses
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
+from nanochat_lib.budget import Machine, peak_flops
 from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, gather, load_optimizer, load_weights,
-                                     prepare_directory, read_meta, save_checkpoint, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, peak_memory_bytes,
-                                 print0, progress, run_cli, start)
+                                     prepare_directory, read_meta, steps_in, write_result)
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, peak_memory_bytes, print0, progress)
 from nanochat_lib.dataloader import PackedLoader
-from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
 from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
-from nanochat_lib.gpt import GPT, build_model
+from nanochat_lib.gpt import build_model
+from nanochat_lib.saver import Saver
 from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
-from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
-from nanochat_lib.training import (PEAK_FLOPS, LossScaler, accumulate, check_loss, check_weights, compiled,
-                                   divide_batch, set_rates, trim_metrics)
+from nanochat_lib.tokenizer import Tokenizer
+from nanochat_lib.training import (LossScaler, LossWatch, accumulate, check_weights, compiled, divide_batch, set_rates,
+                                   trim_metrics)
 
 EVAL_TOKENS = 41943040     # 80 × 524,288
 CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
@@ -1087,11 +1531,13 @@ class BaseTrain:
     core_metric_max_per_task: int = 500
     sample_every: int = 2000           # −1: never
     save_every: int = -1               # −1: only at the end
+    keep_last: int = -1                # checkpoints to keep, the oldest are deleted; −1: all
     model_tag: str = ""                # name of the model; empty: d{depth}
-    dry_run: Annotated[bool, Flag] = False     # print the recipe and stop
+    dry_run: Annotated[bool, Flag] = False     # print the recipe and what it costs, and stop
+    plan: Annotated[Machine, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Machine)  # for --dry-run
 
 # %%
-#| export scripts/base_train
+#| export pretraining
 def recipe_of(settings: BaseTrain, vocab_size: int) -> Recipe:
     """The recipe that these settings mean; each field of `recipe` is a flag of the same name."""
     names = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "target_param_data_ratio",
@@ -1099,18 +1545,197 @@ def recipe_of(settings: BaseTrain, vocab_size: int) -> Recipe:
     return recipe(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
 
 
-def check_settings(settings: BaseTrain, runtime: Runtime) -> None:
-    """What cannot work is said before any work is done."""
-    if settings.fp8:
-        if lacks := lacks_fp8(runtime.device):
-            raise NanochatError(f"--fp8 cannot run: {lacks}; leave it away")
-        if settings.fp8_recipe != "tensorwise":
-            raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise")
+def check_settings(settings: BaseTrain, device: torch.device | None = None) -> None:
+    """What cannot work (on this device) is said before any work is done."""
+    if settings.fp8_recipe != "tensorwise":
+        raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise")
+    if device:
+        compute_dtype(device)  # an unknown $NANOCHAT_DTYPE
+    if settings.fp8 and device and (lacks := lacks_fp8(device)):
+        raise NanochatError(f"--fp8 cannot run: {lacks}; leave it away")
     if settings.compile and settings.no_compile:
         raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
                             "run decide")
-    if not 0 <= settings.warmdown_ratio <= 1:
-        raise NanochatError(f"--warmdown-ratio {settings.warmdown_ratio} is not a part of the run: give 0 … 1")
+    for name, least in (("device_batch_size", 1), ("max_seq_len", 1), ("warmup_steps", 0), ("eval_tokens", 1)):
+        if getattr(settings, name) < least:
+            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least {least}")
+    for name in ("num_iterations", "total_batch_size", "save_every", "keep_last"):
+        if getattr(settings, name) != -1 and getattr(settings, name) < 1:
+            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least 1, or -1 for the "
+                                "default")
+    for name in ("warmdown_ratio", "final_lr_frac"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)} is not a part: give 0 … 1")
+
+# %% [markdown]
+# A run is its model, optimizer and loader, and a little state of the loop. All of it goes into a checkpoint, so all
+# of it comes back.
+
+# %%
+#| export pretraining
+class Run:
+    """A pretraining run at some step: what the loop calls, in the order it calls it. A context: leaving it ends saving."""
+
+    def __init__(self, settings: BaseTrain, runtime: Runtime, tokenizer: Tokenizer, dial: Recipe):
+        self.settings, self.runtime, self.tokenizer, self.dial = settings, runtime, tokenizer, dial
+        self.directory = checkpoint_directory("base", settings.model_tag or f"d{settings.depth}")
+        device_batch, seq_len = settings.device_batch_size, dial.config.sequence_len
+        if runtime.device.type == "cpu":
+            device_batch = min(device_batch, max(CPU_MICRO_TOKENS // seq_len, 1))
+        self.rows, self.micro_batches = divide_batch(dial.total_batch_size, device_batch, seq_len, runtime.world_size)
+        self.step, self.seconds, self.bpb_curve, self.eval_batches = 0, 0.0, [], 0
+        meta = self.find_resume()
+        self.loader, self.validation = self.make_loader("train", meta.get("loader")), self.make_loader("val")
+        self.build(meta)
+        prepare_directory(self.directory, runtime, self.step if meta else -1)
+        trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
+        self.metrics = MetricsLog(self.directory / "metrics.jsonl", settings.run, dataclasses.asdict(settings))
+        self.saver = Saver(self.directory, self.orig_model, self.optimizer, runtime, settings.keep_last)
+
+    def find_resume(self) -> dict:
+        """The metadata of the checkpoint to go on from, its loop state taken over; {} for a run from the start."""
+        step, steps = self.settings.resume_from_step, steps_in(self.directory)
+        if step >= 0 and step not in steps:
+            raise NanochatError(f"no checkpoint of step {step} in {self.directory}: there are {steps or 'none'}")
+        if step < 0 and not (self.settings.resume and steps):
+            return {}
+        self.step = steps[-1] if step < 0 else step
+        meta = read_meta(self.directory, self.step)
+        check_tokenizer(meta, self.tokenizer, self.directory)
+        if meta["model_config"] != dataclasses.asdict(self.dial.config):
+            raise NanochatError(f"{self.directory} holds a model of other settings ({meta['model_config']}): "
+                                "give the same ones, or another --model-tag")
+        if "loop" not in meta:
+            raise NanochatError(f"step {self.step} in {self.directory} was imported, without the state of its loader: "
+                                "go on with python -m nanochat_lib.scripts.chat_sft, or give another --model-tag")
+        loop = meta["loop"]
+        self.seconds, self.bpb_curve, self.eval_batches = loop["seconds"], loop["bpb_curve"], loop["eval_batches"]
+        print0(f"going on from step {self.step} in {self.directory}")
+        return meta
+
+    def make_loader(self, split: str, state: list | None = None) -> PackedLoader:
+        return PackedLoader(self.tokenizer, self.rows, self.dial.config.sequence_len, split, self.settings.data_dir,
+                            self.runtime.rank, self.runtime.world_size, self.runtime.device, state)
+
+    def build(self, meta: dict) -> None:
+        """Model and optimizer, fresh or (if `meta` is not empty) of the checkpoint it belongs to."""
+        settings, scale, device = self.settings, self.dial.learning_rate_scale, self.runtime.device
+        self.orig_model = self.model = build_model(self.dial.config, device)
+        if settings.fp8:
+            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {compute_dtype(device)}")
+        self.optimizer = self.orig_model.setup_optimizer(
+            unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
+            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale,
+            weight_decay=self.dial.weight_decay)
+        self.scaler = LossScaler(compute_dtype(device), meta.get("scaler"))
+        self.watch = LossWatch(self.tokenizer.get_vocab_size(), meta.get("loop", {}).get("watch"))
+        if meta:
+            load_weights(self.orig_model, self.directory, self.step)
+            load_optimizer(self.directory, self.step, self.optimizer)
+        self.may_compile = True
+
+    def compile(self) -> None:
+        """Compile the model, or not. The whole run's length decides, so a resumed run decides alike."""
+        self.may_compile = False
+        wanted = True if self.settings.compile else False if self.settings.no_compile else None
+        inputs = torch.zeros(self.rows, self.dial.config.sequence_len, dtype=torch.long, device=self.runtime.device)
+        self.model = compiled(self.orig_model, (inputs, inputs), wanted, self.dial.flops / self.runtime.world_size)
+
+    def train_step(self, bar: Any) -> None:
+        """One step of the optimizer: gradients of all micro-batches, rates of this step, update."""
+        if self.may_compile:  # not before the first evaluation: a minute of silence would look like a fault
+            self.compile()
+        settings, steps, started = self.settings, self.dial.steps, time.perf_counter()
+        tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
+        loss = accumulate(self.model, self.loader, self.micro_batches, self.scaler, lambda: bar.update(tokens))
+        self.watch.check(loss, self.step, self.optimizer, self.directory)
+        multiplier = learning_rate_multiplier(self.step, steps, warmup_of(steps, settings.warmup_steps),
+                                              settings.warmdown_ratio, settings.final_lr_frac)
+        set_rates(self.optimizer, multiplier, muon_momentum(self.step, steps, settings.warmdown_ratio),
+                  weight_decay_at(self.step, steps))
+        self.saver.before_step()
+        self.scaler.step(self.optimizer)
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        self.log_step(loss, multiplier, time.perf_counter() - started, bar)
+
+    def log_step(self, loss: float, multiplier: float, seconds: float, bar: Any) -> None:
+        """A line of metrics, and the words beside the progress bar."""
+        self.seconds += seconds
+        peak = peak_flops(self.runtime.device)
+        flops = self.dial.flops_per_token * self.dial.total_batch_size / seconds / self.runtime.world_size
+        mfu = {"mfu": round(flops / peak, 4)} if peak else {}  # left out where the chip's peak is not known
+        self.metrics.log(step=self.step - 1, loss=loss,
+                         lr=multiplier * self.settings.matrix_lr * self.dial.learning_rate_scale,
+                         tok_per_sec=round(self.dial.total_batch_size / seconds), epoch=self.loader.position[0],
+                         eta_seconds=round((self.dial.steps - self.step) * self.seconds / self.step), **mfu)
+        bar.set_postfix_str(f"step {self.step}/{self.dial.steps}, loss {loss:.3f}"
+                            + (f", MFU {mfu['mfu']:.0%}" if mfu else ""), refresh=False)
+
+    def save(self) -> None:
+        """Start to save this step, if that is due; training goes on meanwhile."""
+        last, every = self.step == self.dial.steps, self.settings.save_every
+        if not (last or every > 0 and self.step > 0 and self.step % every == 0) or self.step in steps_in(self.directory):
+            return  # or: resumed here
+        with self.saver.stopping():
+            check_weights(self.orig_model, self.step, self.directory)
+            loop = {"seconds": self.seconds, "bpb_curve": self.bpb_curve, "eval_batches": self.eval_batches,
+                    "watch": self.watch.state()}
+            meta = {"tokenizer": self.tokenizer.fingerprint, "settings": dataclasses.asdict(self.settings),
+                    "total_batch_size": self.dial.total_batch_size, "device_batch_size": self.rows, "loop": loop,
+                    "scaler": self.scaler.state(), "loader": gather(self.loader.state())}
+        self.saver.save(self.step, meta)
+
+    def progress(self) -> Any:
+        """A bar over the tokens of the run, with speed and time left."""
+        bar = progress(total=self.dial.tokens, desc="base_train", initial=self.step * self.dial.total_batch_size)
+        bar.unit, bar.unit_scale = " tokens", True
+        return bar
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for loader in (self.loader, self.validation):
+            loader.close()
+        self.metrics.close()
+        self.saver.__exit__(*error)
+
+    def report(self) -> None:
+        """What the run measured, for the report."""
+        curve, saver = self.bpb_curve, self.saver
+        if saver.saving:
+            print0(f"checkpoints: {saver.saving:.1f} s of saving, for which training stopped "
+                   f"{saver.stopped:.2f} s ({saver.stopped / saver.saving:.1%})")
+        write_result("base", bpb_start=curve[0][1] if curve else None, bpb=curve[-1][1] if curve else None,
+                     bpb_curve=curve, tokens=self.dial.tokens, parameters=self.dial.parameters, steps=self.dial.steps,
+                     depth=self.dial.depth, flops=self.dial.flops, seconds=round(self.seconds, 2),
+                     tok_per_sec=round(self.dial.tokens / self.seconds) if self.seconds else None,
+                     saving_seconds=round(saver.saving, 2), stopped_seconds=round(saver.stopped, 3),
+                     peak_memory_gib=round(peak_memory_bytes(self.runtime.device) / 2**30, 2))
+
+# %% [markdown]
+# On its way the run is looked at: bits per byte on the validation split, always the same rows; CORE; and what it
+# writes. An evaluation needs files that may be missing and a network that may be down, and no evaluation is worth a
+# run: one that fails is reported, and training goes on.
+
+# %%
+#| export checkup
+"""How a run is doing while it trains: bits per byte, CORE, samples. What cannot be evaluated does not stop it."""
+
+# %%
+#| export checkup
+import time
+from collections.abc import Iterator
+
+import torch
+
+from nanochat_lib.checkpoint import gather
+from nanochat_lib.common import NanochatError, print0
+from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
+from nanochat_lib.gpt import GPT
+from nanochat_lib.pretraining import EVAL_TOKENS, Run
+from nanochat_lib.tokenizer import Tokenizer
 
 
 def sample_prompts(eval_bundle: str = "") -> list[str]:
@@ -1138,225 +1763,132 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_token
         samples.append(tokenizer.decode(tokens[1:]))
     return samples
 
-# %% [markdown]
-# A run is its model, optimizer and loader, and a little state of the loop. All of it goes into a checkpoint, so all
-# of it comes back.
-
 # %%
-#| export scripts/base_train
-class Run:
-    """A pretraining run at some step: what the loop below calls, in the order it calls it."""
+#| export checkup
+class Checkup:
+    """The evaluations of one run."""
 
-    def __init__(self, settings: BaseTrain, runtime: Runtime, tokenizer: Tokenizer, dial: Recipe):
-        self.settings, self.runtime, self.tokenizer, self.dial = settings, runtime, tokenizer, dial
-        self.directory = checkpoint_directory("base", settings.model_tag or f"d{settings.depth}")
-        device_batch, seq_len = settings.device_batch_size, dial.config.sequence_len
-        if runtime.device.type == "cpu":
-            device_batch = min(device_batch, max(CPU_MICRO_TOKENS // seq_len, 1))
-        self.rows, self.micro_batches = divide_batch(dial.total_batch_size, device_batch, seq_len, runtime.world_size)
-        self.step, self.seconds, self.bpb_curve, self.eval_batches = 0, 0.0, [], 0
-        meta = self.find_resume()
-        self.loader = self.make_loader("train", meta.get("loader"))
-        self.validation = self.make_loader("val")
-        self.orig_model = build_model(dial.config, runtime.device)
-        if settings.fp8:
-            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {compute_dtype(runtime.device)}")
-        self.optimizer = self.make_optimizer()
-        self.scaler = LossScaler(compute_dtype(runtime.device), meta.get("scaler"))
-        self.token_bytes = tokenizer.token_bytes().to(runtime.device)
-        if meta:
-            load_weights(self.orig_model, self.directory, self.step)
-            load_optimizer(self.directory, self.step, self.optimizer)
-        prepare_directory(self.directory, runtime, self.step if meta else -1)
-        trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
-        self.metrics = MetricsLog(self.directory / "metrics.jsonl", settings.run, dataclasses.asdict(settings))
-        self.model, self.may_compile = self.orig_model, True
+    def __init__(self, run: Run):
+        self.run, self.token_bytes = run, run.tokenizer.token_bytes().to(run.runtime.device)
 
-    def find_resume(self) -> dict:
-        """The metadata of the checkpoint to go on from, its loop state taken over; {} for a run from the start."""
-        step, steps = self.settings.resume_from_step, steps_in(self.directory)
-        if step >= 0 and step not in steps:
-            raise NanochatError(f"no checkpoint of step {step} in {self.directory}: there are {steps or 'none'}")
-        if step < 0 and not (self.settings.resume and steps):
-            return {}
-        self.step = steps[-1] if step < 0 else step
-        meta = read_meta(self.directory, self.step)
-        check_tokenizer(meta, self.tokenizer, self.directory)
-        if meta["model_config"] != dataclasses.asdict(self.dial.config):
-            raise NanochatError(f"{self.directory} holds a model of other settings ({meta['model_config']}): "
-                                "give the same ones, or another --model-tag")
-        loop = meta["loop"]
-        self.seconds, self.bpb_curve, self.eval_batches = loop["seconds"], loop["bpb_curve"], loop["eval_batches"]
-        print0(f"going on from step {self.step} in {self.directory}")
-        return meta
+    def due(self) -> Iterator:
+        """The evaluations that are due at this step."""
+        run, settings = self.run, self.run.settings
 
-    def make_loader(self, split: str, state: list | None = None) -> PackedLoader:
-        return PackedLoader(self.tokenizer, self.rows, self.dial.config.sequence_len, split, self.settings.data_dir,
-                            self.runtime.rank, self.runtime.world_size, self.runtime.device, state)
+        def every(steps: int) -> bool:
+            return steps > 0 and (run.step == run.dial.steps or run.step % steps == 0)
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        settings, scale = self.settings, self.dial.learning_rate_scale
-        return self.orig_model.setup_optimizer(
-            unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
-            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale,
-            weight_decay=self.dial.weight_decay)
+        if every(settings.eval_every):
+            yield self.bits_per_byte
+        if run.step > 0 and every(settings.core_metric_every):
+            yield self.core
+        if run.step > 0 and every(settings.sample_every):
+            yield self.sample
 
-    def compile(self) -> torch.nn.Module:
-        """The model as it trains: compiled or not. The whole run's length decides, so a resumed run decides alike."""
-        wanted = True if self.settings.compile else False if self.settings.no_compile else None
-        inputs = torch.zeros(self.rows, self.dial.config.sequence_len, dtype=torch.long, device=self.runtime.device)
-        return compiled(self.orig_model, (inputs, inputs), wanted, self.dial.flops / self.runtime.world_size)
+    def look(self) -> None:
+        """Do what is due; what cannot be done is reported."""
+        for evaluation in self.due():
+            self.run.orig_model.eval()
+            try:
+                evaluation()
+            except NanochatError as error:
+                print0(f"step {self.run.step}: an evaluation could not run, training is not affected: {error}")
+            self.run.orig_model.train()
 
-    def train_step(self, bar) -> None:
-        """One step of the optimizer: gradients of all micro-batches, rates of this step, update."""
-        if self.may_compile:  # not before the first evaluation: a minute of silence would look like a fault
-            self.model, self.may_compile = self.compile(), False
-        settings, steps, started = self.settings, self.dial.steps, time.perf_counter()
-        tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
-        loss = accumulate(self.model, self.loader, self.micro_batches, self.scaler, lambda: bar.update(tokens))
-        check_loss(loss, self.step, self.optimizer, self.directory)
-        multiplier = learning_rate_multiplier(self.step, steps, warmup_of(steps, settings.warmup_steps),
-                                              settings.warmdown_ratio, settings.final_lr_frac)
-        set_rates(self.optimizer, multiplier, muon_momentum(self.step, steps, settings.warmdown_ratio),
-                  weight_decay_at(self.step, steps))
-        self.scaler.step(self.optimizer)
-        self.model.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        self.metrics.log(step=self.step, loss=loss, lr=multiplier * settings.matrix_lr * self.dial.learning_rate_scale,
-                         tok_per_sec=round(self.dial.total_batch_size / seconds), epoch=self.loader.position[0],
-                         **self.utilization(seconds))
-        bar.set_postfix_str(f"step {self.step}/{steps}, loss {loss:.3f}", refresh=False)
-        self.step += 1
+    def bits_per_byte(self) -> None:
+        run = self.run
+        run.eval_batches = run.eval_batches or self.batches()
+        run.validation.rewind()
+        bpb = evaluate_bpb(run.model, run.validation, run.eval_batches, self.token_bytes)
+        run.bpb_curve.append([run.step, bpb])
+        run.metrics.log(step=run.step, bpb=bpb)
+        speed = ""
+        if run.step and run.seconds:
+            left = (run.dial.steps - run.step) * run.seconds / run.step
+            speed = f", {run.step * run.dial.total_batch_size / run.seconds:,.0f} tokens/s"
+            speed += f", {left / 60:.1f} minutes left" if left else ""
+        print0(f"step {run.step:5}/{run.dial.steps}: validation bits per byte {bpb:.4f}{speed}")
 
-    def utilization(self, seconds: float) -> dict[str, float]:
-        """{"mfu": part of the chips' peak that was used}, where the peak is known."""
-        name = torch.cuda.get_device_name() if self.runtime.device.type == "cuda" else ""
-        peak = next((value for chip, value in PEAK_FLOPS.items() if chip in name), 0)
-        flops = self.dial.flops_per_token * self.dial.total_batch_size / seconds / self.runtime.world_size
-        return {"mfu": round(flops / peak, 4)} if peak else {}
-
-    def save(self) -> None:
-        if self.step in steps_in(self.directory):
-            return  # resumed here
-        check_weights(self.orig_model, self.step, self.directory)
-        loop = {"seconds": self.seconds, "bpb_curve": self.bpb_curve, "eval_batches": self.eval_batches}
-        meta = {"tokenizer": self.tokenizer.fingerprint, "settings": dataclasses.asdict(self.settings),
-                "total_batch_size": self.dial.total_batch_size, "device_batch_size": self.rows, "loop": loop,
-                "scaler": self.scaler.state(), "loader": gather(self.loader.state())}
-        save_checkpoint(self.directory, self.step, self.orig_model, self.optimizer, meta, self.runtime)
-
-    def evaluate_bpb(self) -> None:
-        """Bits per byte on the validation split, always on the same rows."""
-        self.eval_batches = self.eval_batches or self.size_evaluation()
-        self.validation.rewind()
-        self.orig_model.eval()
-        bpb = evaluate_bpb(self.model, self.validation, self.eval_batches, self.token_bytes)
-        self.orig_model.train()
-        self.bpb_curve.append([self.step, bpb])
-        self.metrics.log(step=self.step, bpb=bpb)
-        speed = f", {self.step * self.dial.total_batch_size / self.seconds:,.0f} tokens/s" if self.seconds else ""
-        print0(f"step {self.step:5}/{self.dial.steps}: validation bits per byte {bpb:.4f}{speed}")
-
-    def size_evaluation(self) -> int:
+    def batches(self) -> int:
         """Batches of an evaluation: --eval-tokens rounded up; the default is cut to fit the run and the machine."""
-        tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
-        if self.settings.eval_tokens < tokens:
-            print0(f"--eval-tokens {self.settings.eval_tokens} is less than a batch: evaluating one batch, "
-                   f"{tokens} tokens")
-        wanted = max(-(-self.settings.eval_tokens // tokens), 1)
-        if self.settings.eval_tokens != EVAL_TOKENS:
+        run = self.run
+        tokens = run.rows * run.dial.config.sequence_len * run.runtime.world_size
+        if run.settings.eval_tokens < tokens:
+            print0(f"--eval-tokens {run.settings.eval_tokens} is less than a batch: evaluating one batch, {tokens} tokens")
+        wanted = max(-(-run.settings.eval_tokens // tokens), 1)
+        if run.settings.eval_tokens != EVAL_TOKENS:
             return wanted
-        wanted = min(wanted, max(self.dial.tokens // 10 // tokens, 1))
-        if self.runtime.device.type != "cuda":  # at most about five seconds each
+        wanted = min(wanted, max(run.dial.tokens // 10 // tokens, 1))
+        if run.runtime.device.type != "cuda":  # at most about five seconds each
             started = time.perf_counter()
-            evaluate_bpb(self.model, self.validation, 1, self.token_bytes)
+            evaluate_bpb(run.model, run.validation, 1, self.token_bytes)
             wanted = min(wanted, max(round(5 / (time.perf_counter() - started)), 1))
         wanted = gather(wanted)[0]  # the main process decides
         print0(f"evaluating on {wanted * tokens:,} tokens")
         return wanted
 
-    def evaluate_core(self) -> None:
-        self.orig_model.eval()
-        core = evaluate_core(self.orig_model, self.tokenizer, self.runtime.device, self.settings.eval_bundle or None,
-                             self.settings.core_metric_max_per_task)
-        self.orig_model.train()
-        self.metrics.log(step=self.step, core_metric=core["core_metric"], centered_results=core["centered_results"])
-        print0(f"step {self.step:5}: CORE {core['core_metric']:.4f}")
+    def core(self) -> None:
+        run = self.run
+        core = evaluate_core(run.orig_model, run.tokenizer, run.runtime.device, run.settings.eval_bundle or None,
+                             run.settings.core_metric_max_per_task)
+        run.metrics.log(step=run.step, core_metric=core["core_metric"], centered_results=core["centered_results"])
+        print0(f"step {run.step:5}: CORE {core['core_metric']:.4f}")
 
     def sample(self) -> None:
-        if self.runtime.is_main:
-            self.orig_model.eval()
-            for text in draw_samples(self.orig_model, self.tokenizer, sample_prompts(self.settings.eval_bundle)):
+        if self.run.runtime.is_main:
+            for text in draw_samples(self.run.orig_model, self.run.tokenizer,
+                                     sample_prompts(self.run.settings.eval_bundle)):
                 print0("  " + " ".join(text.split()))
-            self.orig_model.train()
-
-    def report(self) -> None:
-        """What the run measured, for the report."""
-        curve = self.bpb_curve
-        write_result("base", bpb_start=curve[0][1] if curve else None, bpb=curve[-1][1] if curve else None,
-                     bpb_curve=curve, tokens=self.dial.tokens, parameters=self.dial.parameters, steps=self.dial.steps,
-                     depth=self.dial.depth, flops=self.dial.flops, seconds=round(self.seconds, 2),
-                     tok_per_sec=round(self.dial.tokens / self.seconds) if self.seconds else None,
-                     peak_memory_gib=round(peak_memory_bytes(self.runtime.device) / 2**30, 2))
 
 # %% [markdown]
-# The loop. A checkpoint is saved *before* the evaluation of its step: an evaluation needs files that may be missing
-# and a network that may be down, and no evaluation is worth a run. One that fails is reported, and training goes
-# on.
+# And the loop, which is the whole of pretraining. A checkpoint is begun *before* the evaluations of its step.
+
+# %%
+#| export scripts/base_train
+"""Pretraining: the whole recipe follows from --depth. Alone, or under torchrun on any number of processes."""
 
 # %%
 #| export scripts/base_train
 #| cli base_train
-def evaluations(run: Run) -> Iterator:
-    """The evaluations that are due at this step."""
-    settings, last = run.settings, run.step == run.dial.steps
-
-    def due(every: int) -> bool:
-        return every > 0 and (last or run.step % every == 0)
-
-    if due(settings.eval_every):
-        yield run.evaluate_bpb
-    if run.step > 0 and due(settings.core_metric_every):
-        yield run.evaluate_core
-    if run.step > 0 and due(settings.sample_every):
-        yield run.sample
+from nanochat_lib.budget import describe_budget
+from nanochat_lib.checkup import Checkup
+from nanochat_lib.common import NanochatError, print0, run_cli, start
+from nanochat_lib.pretraining import BaseTrain, Run, check_settings, recipe_of
+from nanochat_lib.tokenizer import load_tokenizer
 
 
 def train(run: Run) -> None:
     """Save, evaluate, step; to the end."""
-    steps, batch = run.dial.steps, run.dial.total_batch_size
-    every = run.settings.save_every
-    bar = progress(total=run.dial.tokens, desc="base_train", initial=run.step * batch)
-    bar.unit, bar.unit_scale = " tokens", True
-    while True:
-        if run.step == steps or every > 0 and run.step > 0 and run.step % every == 0:
+    checkup = Checkup(run)
+    with run, run.progress() as bar:
+        while True:
             run.save()
-        for evaluation in evaluations(run):
-            try:
-                evaluation()
-            except NanochatError as error:
-                print0(f"step {run.step}: an evaluation could not run, training is not affected: {error}")
-        if run.step == steps:
-            break
-        run.train_step(bar)
-    bar.close()
-    run.metrics.close()
+            checkup.look()
+            if run.step == run.dial.steps:
+                break
+            run.train_step(bar)
     run.report()
     print0(f"trained {run.dial.parameters:,} parameters on {run.dial.tokens:,} tokens: {run.directory}")
 
 
+def dry_run(settings: BaseTrain) -> None:
+    """Print the recipe and what it would take, touching nothing."""
+    try:
+        vocab_size = load_tokenizer().get_vocab_size()
+    except NanochatError:
+        vocab_size = 32768
+    dial = recipe_of(settings, vocab_size)
+    for name, value in {**dial.describe(), **describe_budget(dial, settings.device_batch_size, settings.plan)}.items():
+        print(f"{name:12} {value}")
+
+
 def base_train(settings: BaseTrain) -> None:
     """Pretrain a base model; its size, data, batch and rates follow from --depth."""
+    check_settings(settings)
     if settings.dry_run:
-        try:
-            vocab_size = load_tokenizer().get_vocab_size()
-        except NanochatError:
-            vocab_size = 32768
-        lines = recipe_of(settings, vocab_size).describe().items()
-        return print(*(f"{name:12} {value}" for name, value in lines), sep="\n")
+        return dry_run(settings)
     runtime = start(settings.device_type)
-    check_settings(settings, runtime)
+    check_settings(settings, runtime.device)
     tokenizer = load_tokenizer()
     dial = recipe_of(settings, tokenizer.get_vocab_size())
     for name, value in dial.describe().items():
@@ -1408,17 +1940,14 @@ assert curve[-1][1] < 0.75 * curve[0][1]
 
 # %%
 #| export scripts/base_eval
-import csv
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from nanochat_lib.checkpoint import load_model, write_result
-from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start, write_aside
+from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start
 from nanochat_lib.dataloader import PackedLoader
-from nanochat_lib.evaluation import evaluate_bpb, evaluate_core
+from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, write_tables
 from nanochat_lib.gpt import GPT
-from nanochat_lib.scripts.base_train import draw_samples, sample_prompts
+from nanochat_lib.checkup import draw_samples, sample_prompts
 from nanochat_lib.tokenizer import Tokenizer
 
 PARTS = ("core", "bpb", "sample")
@@ -1460,14 +1989,6 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
         print0(f"bits per byte, {split}: {bpb[split]:.4f}")
     return bpb
 
-
-def write_table(path: Path, core: dict[str, Any]) -> None:
-    """CORE as CSV: a line per task, the mean last."""
-    rows = [(task, f"{core['results'][task]:.6f}", f"{value:.6f}") for task, value in core["centered_results"].items()]
-    with write_aside(path) as aside, open(aside, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("Task", "Accuracy", "Centered"), *rows,
-                                                         ("CORE", "", f"{core['core_metric']:.6f}")])
-
 # %%
 #| export scripts/base_eval
 #| cli base_eval
@@ -1495,7 +2016,7 @@ def base_eval(settings: BaseEval) -> None:
             failures.append(f"{part}: {error}")
             print0(f"left out: {failures[-1]}")
     if runtime.is_main and "core_metric" in result:
-        write_table(base_dir() / "base_eval" / f"base_model_{meta['step']:06d}.csv", result)
+        write_tables(base_dir() / "base_eval" / f"base_model_{meta['step']:06d}", result)
     write_result("base_eval", **result)
     if len(failures) == len(parts):
         raise NanochatError(f"nothing could be evaluated ({failures[0]})")

@@ -3,6 +3,8 @@
 
 
 import contextlib
+import errno
+import hashlib
 import re
 import shutil
 import warnings
@@ -46,18 +48,41 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def remove_checkpoint(directory: Path, step: int) -> None:
+    """Delete what there is of a checkpoint, the metadata first: half-deleted, it no longer counts."""
+    weights, state, metadata = files_of(directory, step)
+    metadata.unlink(missing_ok=True)
+    weights.unlink(missing_ok=True)
+    shutil.rmtree(state, ignore_errors=True)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """One value of every rank, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+@contextlib.contextmanager
+def together(group: dist.ProcessGroup | None, where: Path) -> Iterator[None]:
+    """A part of saving that fails on all ranks if it fails on one; what went wrong is raised as an OSError."""
+    error = None
+    try:
+        yield
+    except OSError as failure:
+        error = failure
+    except (SafetensorError, dcp.api.CheckpointException) as failure:
+        full = "No space left" in str(failure) or "StorageFull" in str(failure)
+        error = OSError(errno.ENOSPC if full else errno.EIO, str(failure).strip().split("\n")[0][:300], str(where))
+    if failures := [failure for failure in gather(error, group) if failure]:
+        raise failures[0]
 
 
 @contextlib.contextmanager
@@ -68,34 +93,64 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def state_of(model: torch.nn.Module, optimizer: Any) -> tuple[dict, dict | None]:
+    """(weights by name, optimizer state by name or None), sharing the memory in which training goes on."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
+    return model.state_dict(), optimizer.checkpoint_state() if optimizer is not None else None
+
+
+def write_checkpoint(directory: Path, step: int, weights: dict, state: dict | None, meta: dict[str, Any], rank: int = 0,
+                     group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint from tensors; all ranks call it. OSError on all of them if it fails on one: nothing is left."""
+    file, folder, metadata = files_of(directory, step)
+    try:
+        with together(group, file):
+            if rank == 0:
+                remove_checkpoint(directory, step)  # one of the same step, of an earlier run
+                with write_aside(file) as aside:
+                    save_file({name: value.detach().contiguous() for name, value in weights.items()}, aside)
+        if state is not None:
+            with together(group, folder), _quiet():
+                dcp.save(state, checkpoint_id=folder, process_group=group)
+        with together(group, metadata):
+            mine = sorted(folder.glob(f"__{rank}_*"))  # each rank reads again what it wrote
+            mine += [file, *folder.glob(".metadata")] if rank == 0 else []
+            sums = {f"{path.relative_to(directory)}": checksum(path) for path in mine}
+        sums = {name: value for part in gather(sums, group) for name, value in part.items()}
+        with together(group, metadata):
+            if rank == 0:
+                write_json(metadata, {"step": step, **meta, "checksums": sums})
+    except OSError:
+        if rank == 0:
+            remove_checkpoint(directory, step)  # makes room on a full disk
+        raise
+
+
 def save_checkpoint(directory: Path, step: int, model: torch.nn.Module, optimizer: Any, meta: dict[str, Any],
                     runtime: Runtime) -> None:
     """Write checkpoint `step`; all ranks call it. Killed at any moment, it leaves the earlier checkpoints as they were.
 
     `meta` is JSON-able: at least {"tokenizer": fingerprint}; model_config and step are added. `optimizer` may be None.
     """
-    weights, state, metadata = files_of(directory, step)
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames parameters
-    if runtime.is_main:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        metadata.unlink(missing_ok=True)
-        shutil.rmtree(state, ignore_errors=True)
-        with write_aside(weights) as aside:
-            save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, aside)
-    barrier()
-    if optimizer is not None:
-        with _quiet():
-            dcp.save(optimizer.checkpoint_state(), checkpoint_id=state)
-    barrier()
-    if runtime.is_main:
-        write_json(metadata, {"step": step, "model_config": asdict(model.config), **meta})
+    model = getattr(model, "_orig_mod", model)
+    write_checkpoint(Path(directory), step, *state_of(model, optimizer),
+                     {"model_config": asdict(model.config), **meta}, runtime.rank)
 
 
 def clean_unfinished(directory: Path) -> None:
     """Remove what a killed save left in a folder: temporary files, and weights and states without metadata."""
     done = set(steps_in(directory))
     for path in [*Path(directory).glob("model_*.safetensors"), *Path(directory).glob("optim_*"),
-                 *Path(directory).glob(".*.part")]:
+                 *Path(directory).glob(".*.part"), *Path(directory).glob(".tmp*")]:  # the last are safetensors' own
         step = re.match(r"(?:model|optim)_(\d{6,})", path.name)
         if step is None or int(step[1]) not in done:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -154,15 +209,36 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
     return read_json(files_of(directory, step)[2])
 
 
+def damaged(path: Path, reason: Any, directory: Path, step: int) -> NanochatError:
+    """The error for a checkpoint that cannot be used: which file, and how to go on without it."""
+    earlier = [other for other in steps_in(directory) if other < step]
+    then = f"and the same command again, to go on from step {earlier[-1]}" if earlier else "and train anew"
+    reason = str(reason).strip().split("\n")[0][:200]
+    return NanochatError(f"{path} is damaged ({reason}): run rm {files_of(directory, step)[2]} {then}")
+
+
+def verify(directory: Path, step: int, kind: str, rank: int = 0, world_size: int = 1) -> None:
+    """NanochatError unless the files of a `kind`, "model" or "optim", are those that were written (a rank's share)."""
+    sums = read_meta(directory, step).get("checksums", {})
+    for name, expected in [pair for pair in sorted(sums.items()) if pair[0].startswith(kind)][rank::world_size]:
+        path = Path(directory) / name
+        if not path.exists():
+            raise damaged(path, "it is missing", directory, step)
+        if checksum(path) != expected:
+            raise damaged(path, "it is not what was written: the checksum differs", directory, step)
+
+
 def load_weights(model: GPT, directory: Path, step: int) -> None:
     """Put a checkpoint's weights into a model of the same configuration. A damaged file is a NanochatError."""
-    weights, _, metadata = files_of(directory, step)
+    file, _, _ = files_of(directory, step)
+    if not file.exists() and file.with_suffix(".pt").exists():
+        raise NanochatError(f"{file.with_suffix('.pt')} is a checkpoint of nanochat: run "
+                            f"python -m nanochat_lib.scripts.import_checkpoint {directory}")
+    verify(directory, step, "model")
     try:
-        model.load_state_dict(load_file(weights), strict=True)
+        model.load_state_dict(load_file(file), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise NanochatError(f"{weights} is damaged ({reason}): delete {metadata} to fall back to an earlier "
-                            "checkpoint, then run the same command again") from None
+        raise damaged(file, error, directory, step) from None
 
 
 def load_optimizer(directory: Path, step: int, optimizer: Any) -> None:
@@ -171,14 +247,19 @@ def load_optimizer(directory: Path, step: int, optimizer: Any) -> None:
     if not path.exists():
         raise NanochatError(f"no optimizer state in {path}: start without it (chat_sft --load-optimizer=0), "
                             "or train anew")
+    failure = None
+    try:  # each rank checks some of the files, all hear of it
+        verify(directory, step, "optim", *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
+    except NanochatError as error:
+        failure = error
+    if failures := [each for each in gather(failure) if each]:
+        raise failures[0]
     state = optimizer.checkpoint_state()
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=path)
     except (OSError, dcp.api.CheckpointException, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise NanochatError(f"{path} is damaged or of another model ({reason}): delete "
-                            f"{files_of(directory, step)[2]} to fall back to an earlier checkpoint") from None
+        raise damaged(path, f"or of another model: {error}", directory, step) from None
     optimizer.load_checkpoint_state(state)
 
 

@@ -3,6 +3,7 @@
 
 
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -17,6 +18,7 @@ from nanochat_lib.tokenizer import Tokenizer
 
 BUFFER = 1000  # tokenized documents to choose from: enough that one of about the right length is always there
 CHUNK = 128    # documents read and tokenized at a time
+AHEAD = 4      # such chunks wait, ready, while training computes
 
 
 class BestFit:
@@ -102,7 +104,8 @@ class PackedLoader:
         self.tokenizer, self.batch_size, self.seq_len, self.buffer_size = tokenizer, batch_size, seq_len, buffer_size
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.units = row_groups(data_dir, split)
-        self.thread = ThreadPoolExecutor(1)
+        deal(self.units, rank, world_size)  # too few documents for so many processes: said now
+        self.thread, self.ahead = ThreadPoolExecutor(1, "loader"), deque()
         self.rewind(state)
 
     def rewind(self, state: dict | Sequence[dict] | None = None) -> None:
@@ -120,8 +123,19 @@ class PackedLoader:
         self.buffer = BestFit()
         for document in self._read_again(waiting):
             self.buffer.add(document)
-        self.chunks, self.chunk = self._chunks(*self.position), []
-        self.ahead = self.thread.submit(next, self.chunks)
+        for job in self.ahead:
+            job.cancel()
+        self.chunks, self.chunk, self.ahead = self._chunks(*self.position), [], deque()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Keep the thread busy: AHEAD chunks are read and tokenized, or will be."""
+        while len(self.ahead) < AHEAD:
+            self.ahead.append(self.thread.submit(next, self.chunks))
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     def state(self) -> dict[str, Any]:
         """Where this rank stands, as JSON: what to read next, and which documents wait in the buffer."""
@@ -155,8 +169,8 @@ class PackedLoader:
     def _add_document(self) -> None:
         """Move the next document of the data into the buffer."""
         if not self.chunk:
-            self.chunk = self.ahead.result()[::-1]
-            self.ahead = self.thread.submit(next, self.chunks)
+            self.chunk = self.ahead.popleft().result()[::-1]
+            self._read_ahead()
         document = self.chunk.pop()
         self.buffer.add(document)
         self.position = document.position

@@ -12,9 +12,6 @@ from nanochat_lib.gpt import GPT, GPTConfig
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens a step, at which the rates were tuned
-H100_FLOPS = 989e12      # dense bfloat16
-ASSUMED_MFU = 0.45       # for estimates of hours only
-DOLLARS_PER_GPU_HOUR = 3.0
 
 
 def model_config(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len: int = 2048,
@@ -65,10 +62,9 @@ class Recipe:
         return float(self.tokens) * self.flops_per_token
 
     def describe(self) -> dict[str, str]:
-        """The recipe in words, with what it would take on eight H100s (an estimate: at 45 % of their peak)."""
-        hours = self.flops / (8 * H100_FLOPS * ASSUMED_MFU) / 3600
+        """The recipe in words."""
         config = self.config
-        words = {
+        return {
             "model": f"depth {self.depth}, width {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
                      f"context {config.sequence_len}, vocabulary {config.vocab_size:,}",
             "parameters": f"{self.parameters:,} ({self.scaling_params:,} in matrices and lm_head)",
@@ -77,10 +73,6 @@ class Recipe:
             "FLOPs": f"{self.flops:.2e} ({self.flops_per_token:.2e} a token)",
             "rates": f"× {self.learning_rate_scale:.3f}, weight decay {self.weight_decay:.4f}",
         }
-        if hours >= 0.01:
-            words["on 8×H100"] = (f"about {hours:.2f} h, {hours * 8 * DOLLARS_PER_GPU_HOUR:.2f} dollars at "
-                                  f"{DOLLARS_PER_GPU_HOUR:.0f} a GPU hour and {ASSUMED_MFU:.0%} of peak")
-        return words
 
 
 def optimal_batch_size(tokens: float, reference_tokens: float) -> int:

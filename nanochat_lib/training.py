@@ -13,9 +13,6 @@ import torch
 
 from nanochat_lib.common import NanochatError, all_reduce_sum, print0, write_aside
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
-
-
 def divide_batch(total: int, device_batch: int, seq_len: int, world_size: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches a step) for `total` tokens a step over all processes.
 
@@ -86,26 +83,55 @@ def accumulate(model: torch.nn.Module, batches: Iterator, micro_batches: int, sc
 
 def check_loss(loss: float, step: int, optimizer: Any, directory: Path) -> None:
     """Stop a run whose loss is no number before it spoils the weights; says which gradients blew up."""
-    if math.isfinite(loss):
-        return
+    if not math.isfinite(loss):
+        raise NanochatError(f"the loss is {loss} at step {step}: stopped ({last_good(directory)}); "
+                            f"norms of the gradients: {gradient_norms(optimizer)}")
+
+
+def gradient_norms(optimizer: Any) -> str:
+    """The norm of each group's gradients (on this process), in words."""
     norms = {group.get("name", index): sum(p.grad.float().square().sum().item() for p in group["params"]
                                            if p.grad is not None) ** 0.5
              for index, group in enumerate(optimizer.param_groups)}
-    worst = ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items())
-    raise NanochatError(f"the loss is {loss} at step {step}: stopped ({last_good(directory)}); "
-                        f"norms of the gradients: {worst}")
+    return ", ".join(f"{name} {norm:.2g}" for name, norm in norms.items())
+
+
+class LossWatch:
+    """Stops a run whose loss has exploded: for `patience` steps in a row 3 nats above its best, or 1 above ignorance."""
+
+    def __init__(self, vocab_size: int, state: dict | None = None, patience: int = 20):
+        self.ignorance, self.patience = math.log(vocab_size), patience  # all tokens alike: ln(vocab) nats
+        self.best, self.recent, self.bad = (state["best"], state["recent"], state["bad"]) if state else (None, None, 0)
+
+    def state(self) -> dict[str, float | None]:
+        return {"best": self.best, "recent": self.recent, "bad": self.bad}
+
+    def check(self, loss: float, step: int, optimizer: Any, directory: Path) -> None:
+        """Take note of a step's loss; NanochatError if it is no number, or if the run has gone bad."""
+        check_loss(loss, step, optimizer, directory)
+        limit = 1 + (self.ignorance if self.best is None else min(self.ignorance, self.best + 2))
+        self.bad = self.bad + 1 if loss > limit else 0
+        if self.bad == self.patience:
+            best = "" if self.best is None else f", after a best of {self.best:.2f}"
+            raise NanochatError(f"the loss has exploded: above {limit:.2f} for {self.patience} steps{best}, {loss:.2f} "
+                                f"at step {step}: stopped ({last_good(directory, step - self.patience + 1)}); "
+                                f"norms of the gradients: {gradient_norms(optimizer)}")
+        self.recent = loss if self.recent is None else 0.9 * self.recent + 0.1 * loss
+        self.best = self.recent if self.best is None else min(self.best, self.recent)
 
 
 def check_weights(model: torch.nn.Module, step: int, directory: Path) -> None:
     """Refuse to save weights that hold no numbers."""
-    bad = [name for name, value in model.named_parameters() if not value.isfinite().all()]
-    if bad:
-        raise NanochatError(f"{bad[0]} is not finite at step {step}: stopped ({last_good(directory)})")
+    parameters = dict(model.named_parameters())
+    if not torch.stack([norm.float() for norm in torch._foreach_norm(list(parameters.values()))]).isfinite().all():
+        bad = next((name for name, value in parameters.items() if not value.isfinite().all()), "a weight")
+        raise NanochatError(f"{bad} is not finite at step {step}: stopped ({last_good(directory)})")
 
 
-def last_good(directory: Path) -> str:
-    """Which checkpoint to go back to, in words."""
+def last_good(directory: Path, before: float = math.inf) -> str:
+    """Which checkpoint to go back to, in words: the last one, or the last of a step up to `before`."""
     steps = sorted(int(path.stem[5:]) for path in Path(directory).glob("meta_*.json"))
+    steps = [step for step in steps if step <= before]
     return (f"last good checkpoint: step {steps[-1]} in {directory}; go on with --resume-from-step={steps[-1]} "
             "and lower rates" if steps else "there is no checkpoint yet: start again with lower rates")
 

@@ -1,69 +1,19 @@
-"""Lesson 07: pretraining runs of seconds: to the end, killed and resumed, on two processes, and when things are missing."""
+"""Lesson 07: pretraining runs of seconds: to the end, resumed, on two processes, and when things are missing."""
 
-import itertools
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import QUIET, ROOT
-from safetensors.torch import load_file
+from small_run import FLAGS, SMALL, data, losses, same, weights, write_shard  # noqa: F401
 
+from nanochat_lib import checkup, pretraining
 from nanochat_lib.checkpoint import checkpoint_directory, load_model, load_optimizer, read_meta, steps_in
 from nanochat_lib.common import NanochatError, read_json
-from nanochat_lib.scripts import base_train as script
+from nanochat_lib.pretraining import BaseTrain
 from nanochat_lib.scripts.base_eval import BaseEval, base_eval
-from nanochat_lib.scripts.base_train import BaseTrain, base_train
-from nanochat_lib.training import LossScaler, accumulate, compiled, divide_batch, set_rates
-
-T = 32
-SMALL = dict(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=T, device_batch_size=4, total_batch_size=256, save_every=4,
-             num_iterations=12, eval_every=6, eval_tokens=256, core_metric_every=-1, sample_every=-1, device_type="cpu")
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-
-
-def write_shard(folder, number, groups):
-    folder.mkdir(exist_ok=True)
-    with pq.ParquetWriter(folder / f"shard_{number:05d}.parquet", pa.schema([("text", pa.string())])) as writer:
-        for group in groups:
-            writer.write_table(pa.table({"text": group}))
-
-
-@pytest.fixture
-def data(base_dir, tokenizer):
-    """A base directory with a tokenizer; the folder of a little text, in which each document is one row of T tokens."""
-    tokenizer.save(base_dir / "tokenizer")
-    rng, folder = random.Random(0), base_dir / "shards"
-    letters = [chr(code) for code in range(33, 127)]
-    strings = ("".join(rng.choices(letters, weights=range(1, 95), k=T + 2)) for _ in range(10**6))
-    rows = list(itertools.islice((text for text in strings if len(tokenizer.encode(text)) == T), 160))
-    write_shard(folder, 0, [rows[i:i + 4] for i in range(0, 128, 4)])
-    write_shard(folder, 1, [rows[128:144], rows[144:]])
-    return str(folder)
-
-
-def losses(tag="d2"):
-    """{step: loss} as metrics.jsonl has them; a step logged twice is a fault."""
-    lines = map(json.loads, (checkpoint_directory("base", tag) / "metrics.jsonl").read_text().splitlines())
-    pairs = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    assert len(dict(pairs)) == len(pairs)
-    return dict(pairs)
-
-
-def weights(tag="d2", step=12):
-    return load_file(checkpoint_directory("base", tag) / f"model_{step:06d}.safetensors")
-
-
-def same(left, right, atol=0.0):
-    return all(torch.allclose(left[name], right[name], rtol=0, atol=atol) for name in left)
+from nanochat_lib.scripts.base_train import base_train
+from nanochat_lib.training import LossScaler, LossWatch, accumulate, check_weights, compiled, divide_batch, set_rates
 
 
 def test_a_run_from_start_to_end(data, base_dir, capsys):
@@ -86,7 +36,7 @@ def test_a_run_from_start_to_end(data, base_dir, capsys):
 def test_resumed_from_any_checkpoint_a_run_is_bit_for_bit_the_same(data):
     base_train(BaseTrain(**SMALL, data_dir=data, model_tag="whole"))
     settings = BaseTrain(**SMALL, data_dir=data)
-    stop_at = script.Run.train_step
+    stop_at = pretraining.Run.train_step
     for stop in (5, 9):  # a fault in the middle, twice
         def broken(run, bar):
             if run.step == stop:
@@ -95,7 +45,7 @@ def test_resumed_from_any_checkpoint_a_run_is_bit_for_bit_the_same(data):
 
         settings.resume = True
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(script.Run, "train_step", broken)
+            patch.setattr(pretraining.Run, "train_step", broken)
             base_train(settings)
     base_train(settings)
     assert losses() == losses("whole") and same(weights(), weights("whole"))
@@ -105,27 +55,6 @@ def test_resumed_from_any_checkpoint_a_run_is_bit_for_bit_the_same(data):
     settings.resume_from_step = 5
     with pytest.raises(NanochatError, match="no checkpoint of step 5"):
         base_train(settings)
-
-
-@pytest.mark.timeout(900)  # starts two processes: slow on a busy machine
-def test_killed_with_sigkill_the_command_resumes_exactly(data, base_dir):
-    flags = [*FLAGS, f"--data-dir={data}", "--num-iterations=60", "--save-every=2", "--eval-every=-1"]
-    base_train(BaseTrain(**{**SMALL, "num_iterations": 60, "save_every": -1, "eval_every": -1}, data_dir=data,
-                         model_tag="whole"))
-    folder, rng = checkpoint_directory("base", "d2"), random.Random(5)
-    command = [sys.executable, "-m", "nanochat_lib.scripts.base_train", *flags, "--resume"]
-    kills = 0
-    for seen in (4, 24):
-        with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **QUIET}, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (steps_in(folder) or [0])[-1] < seen:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.05))  # anywhere: in a step, or in the middle of saving
-            kills += process.poll() is None
-            process.send_signal(signal.SIGKILL)
-    assert kills
-    base_train(BaseTrain(**{**SMALL, "num_iterations": 60, "save_every": 2, "eval_every": -1}, data_dir=data, resume=True))
-    assert losses() == losses("whole") and same(weights(step=60), weights("whole", 60))
 
 
 @pytest.mark.timeout(900)
@@ -160,26 +89,26 @@ def test_saved_before_evaluated(data, monkeypatch):
     def evaluate(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "evaluate_core", evaluate)
+    monkeypatch.setattr(checkup, "evaluate_core", evaluate)
     with pytest.raises(KeyboardInterrupt):
         base_train(BaseTrain(**{**SMALL, "num_iterations": 4, "core_metric_every": 4}, data_dir=data))
     assert steps_in(checkpoint_directory("base", "d2")) == [4]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data, monkeypatch):
-    real, calls = script.accumulate, []
+    real, calls = pretraining.accumulate, []
 
     def poisoned(*args):
         calls.append(0)
         return float("nan") if len(calls) == 7 else real(*args)
 
-    monkeypatch.setattr(script, "accumulate", poisoned)
+    monkeypatch.setattr(pretraining, "accumulate", poisoned)
     with pytest.raises(NanochatError, match=r"nan at step 6.*step 4 in .*--resume-from-step=4.*lm_head"):
         base_train(BaseTrain(**SMALL, data_dir=data))
     with torch.no_grad(), pytest.raises(NanochatError, match="lm_head.weight is not finite at step 4"):
         model = load_model("base", "cpu", model_tag="d2")[0]
         model.lm_head.weight[0, 0] = float("inf")
-        script.check_weights(model, 4, checkpoint_directory("base", "d2"))
+        check_weights(model, 4, checkpoint_directory("base", "d2"))
 
 
 def test_eval_tokens_under_a_batch_are_rounded_up(data, base_dir, capsys):
@@ -189,7 +118,7 @@ def test_eval_tokens_under_a_batch_are_rounded_up(data, base_dir, capsys):
 
 
 def test_the_default_evaluation_is_sized_to_run_and_machine(data, capsys):
-    base_train(BaseTrain(**{**SMALL, "num_iterations": 30, "eval_tokens": script.EVAL_TOKENS, "eval_every": 30,
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 30, "eval_tokens": pretraining.EVAL_TOKENS, "eval_every": 30,
                             "save_every": -1}, data_dir=data))
     said = capsys.readouterr().out.split("evaluating on ")[1].split(" tokens")[0]
     assert 0 < int(said.replace(",", "")) <= 30 * 256 // 10

@@ -2,17 +2,14 @@
 """Evaluation of a base model: CORE, bits per byte of both splits, samples. Alone or under torchrun."""
 
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from nanochat_lib.checkpoint import load_model, write_result
-from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start, write_aside
+from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start
 from nanochat_lib.dataloader import PackedLoader
-from nanochat_lib.evaluation import evaluate_bpb, evaluate_core
+from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, write_tables
 from nanochat_lib.gpt import GPT
-from nanochat_lib.scripts.base_train import draw_samples, sample_prompts
+from nanochat_lib.checkup import draw_samples, sample_prompts
 from nanochat_lib.tokenizer import Tokenizer
 
 PARTS = ("core", "bpb", "sample")
@@ -55,14 +52,6 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
     return bpb
 
 
-def write_table(path: Path, core: dict[str, Any]) -> None:
-    """CORE as CSV: a line per task, the mean last."""
-    rows = [(task, f"{core['results'][task]:.6f}", f"{value:.6f}") for task, value in core["centered_results"].items()]
-    with write_aside(path) as aside, open(aside, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("Task", "Accuracy", "Centered"), *rows,
-                                                         ("CORE", "", f"{core['core_metric']:.6f}")])
-
-
 def base_eval(settings: BaseEval) -> None:
     """Evaluate a base model: CORE, bits per byte, samples. A part that cannot run is reported, the others are done."""
     parts = [part.strip() for part in settings.eval.split(",") if part.strip()]
@@ -87,7 +76,7 @@ def base_eval(settings: BaseEval) -> None:
             failures.append(f"{part}: {error}")
             print0(f"left out: {failures[-1]}")
     if runtime.is_main and "core_metric" in result:
-        write_table(base_dir() / "base_eval" / f"base_model_{meta['step']:06d}.csv", result)
+        write_tables(base_dir() / "base_eval" / f"base_model_{meta['step']:06d}", result)
     write_result("base_eval", **result)
     if len(failures) == len(parts):
         raise NanochatError(f"nothing could be evaluated ({failures[0]})")

@@ -2,333 +2,45 @@
 """Pretraining: the whole recipe follows from --depth. Alone, or under torchrun on any number of processes."""
 
 
-import dataclasses
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
-
-import torch
-import tyro
-
-from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, gather, load_optimizer, load_weights,
-                                     prepare_directory, read_meta, save_checkpoint, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, peak_memory_bytes,
-                                 print0, progress, run_cli, start)
-from nanochat_lib.dataloader import PackedLoader
-from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
-from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
-from nanochat_lib.gpt import GPT, build_model
-from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
-from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
-from nanochat_lib.training import (PEAK_FLOPS, LossScaler, accumulate, check_loss, check_weights, compiled,
-                                   divide_batch, set_rates, trim_metrics)
-
-EVAL_TOKENS = 41943040     # 80 × 524,288
-CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
-Flag = tyro.conf.FlagCreatePairsOff
-
-
-@dataclass
-class BaseTrain:
-    """Settings of pretraining. −1: follows from the depth, or never."""
-
-    run: str = "dummy"                 # name of the run at Weights & Biases; dummy: none
-    device_type: str = ""              # cuda, mps or cpu; empty: the best there is
-    data_dir: str = ""                 # folder of parquet shards; empty: the downloaded corpus
-    eval_bundle: str = ""              # folder of CORE's tasks; empty: the real ones, downloaded
-    fp8: Annotated[bool, Flag] = False  # train with 8-bit matrix products (Hopper and later)
-    fp8_recipe: str = "tensorwise"     # one scale for each tensor
-    compile: Annotated[bool, Flag] = False     # use torch.compile; neither flag: where it pays
-    no_compile: Annotated[bool, Flag] = False  # do not
-
-    depth: int = 20                    # layers; all else follows
-    aspect_ratio: int = 64             # n_embd = depth × aspect_ratio, up to whole heads
-    head_dim: int = 128                # channels of a head
-    max_seq_len: int = 2048            # context, in tokens
-    window_pattern: str = "SSSL"       # L: full context, S: a quarter; tiled over the layers
-
-    num_iterations: int = -1           # steps; −1: from the next two, the first that is given
-    target_flops: float = -1.0         # compute of the whole run
-    target_param_data_ratio: float = 12  # tokens per scaling parameter
-
-    device_batch_size: int = 32        # rows of a micro-batch on each device
-    total_batch_size: int = -1         # tokens a step
-    embedding_lr: float = 0.3          # rates are for batches of 2^19 tokens and scaled to the run's
-    unembedding_lr: float = 0.008
-    weight_decay: float = 0.28         # of Muon, at depth 12
-    matrix_lr: float = 0.02            # of Muon
-    scalar_lr: float = 0.5
-    warmup_steps: int = 40             # at most a tenth of the run
-    warmdown_ratio: float = 0.65       # part of the run in which rates fall
-    final_lr_frac: float = 0.05        # to this part of their height
-
-    resume_from_step: int = -1         # go on from this checkpoint
-    resume: Annotated[bool, Flag] = False      # go on from the newest checkpoint of this tag, if there is one
-
-    eval_every: int = 250              # steps between evaluations of bits per byte; −1: never
-    eval_tokens: int = EVAL_TOKENS     # the default is cut to fit the run and the machine
-    core_metric_every: int = 2000      # −1: never
-    core_metric_max_per_task: int = 500
-    sample_every: int = 2000           # −1: never
-    save_every: int = -1               # −1: only at the end
-    model_tag: str = ""                # name of the model; empty: d{depth}
-    dry_run: Annotated[bool, Flag] = False     # print the recipe and stop
-
-
-def recipe_of(settings: BaseTrain, vocab_size: int) -> Recipe:
-    """The recipe that these settings mean; each field of `recipe` is a flag of the same name."""
-    names = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "target_param_data_ratio",
-             "num_iterations", "target_flops", "total_batch_size", "weight_decay")
-    return recipe(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
-
-
-def check_settings(settings: BaseTrain, runtime: Runtime) -> None:
-    """What cannot work is said before any work is done."""
-    if settings.fp8:
-        if lacks := lacks_fp8(runtime.device):
-            raise NanochatError(f"--fp8 cannot run: {lacks}; leave it away")
-        if settings.fp8_recipe != "tensorwise":
-            raise NanochatError(f"--fp8-recipe {settings.fp8_recipe} is unknown: choose tensorwise")
-    if settings.compile and settings.no_compile:
-        raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
-                            "run decide")
-    if not 0 <= settings.warmdown_ratio <= 1:
-        raise NanochatError(f"--warmdown-ratio {settings.warmdown_ratio} is not a part of the run: give 0 … 1")
-
-
-def sample_prompts(eval_bundle: str = "") -> list[str]:
-    """Beginnings for a base model to continue: questions about the world's people, where the bundle is the world's."""
-    if eval_bundle:
-        tasks = [task for task in read_bundle(eval_bundle) if task.label.startswith("world")]
-        prompts = [item["context"] for task in tasks if task.kind == "language_modeling"
-                   for item in read_items(task, 3)]
-        if prompts:
-            return prompts
-    return ["The capital of France is", "The chemical symbol of gold is", "The opposite of hot is",
-            "If yesterday was Friday, then tomorrow will be", "The planets of the solar system are:"]
-
-
-def draw_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_tokens: int = 16) -> list[str]:
-    """Each prompt with the model's greedy continuation, up to <|bos|>."""
-    samples, bos = [], tokenizer.get_bos_token_id()
-    for prompt in prompts:
-        tokens = tokenizer.encode(prompt, prepend=bos)
-        with torch.inference_mode():
-            for token in model.generate(tokens[:], max_tokens, temperature=0.0):
-                if token == bos:
-                    break
-                tokens.append(token)
-        samples.append(tokenizer.decode(tokens[1:]))
-    return samples
-
-
-class Run:
-    """A pretraining run at some step: what the loop below calls, in the order it calls it."""
-
-    def __init__(self, settings: BaseTrain, runtime: Runtime, tokenizer: Tokenizer, dial: Recipe):
-        self.settings, self.runtime, self.tokenizer, self.dial = settings, runtime, tokenizer, dial
-        self.directory = checkpoint_directory("base", settings.model_tag or f"d{settings.depth}")
-        device_batch, seq_len = settings.device_batch_size, dial.config.sequence_len
-        if runtime.device.type == "cpu":
-            device_batch = min(device_batch, max(CPU_MICRO_TOKENS // seq_len, 1))
-        self.rows, self.micro_batches = divide_batch(dial.total_batch_size, device_batch, seq_len, runtime.world_size)
-        self.step, self.seconds, self.bpb_curve, self.eval_batches = 0, 0.0, [], 0
-        meta = self.find_resume()
-        self.loader = self.make_loader("train", meta.get("loader"))
-        self.validation = self.make_loader("val")
-        self.orig_model = build_model(dial.config, runtime.device)
-        if settings.fp8:
-            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {compute_dtype(runtime.device)}")
-        self.optimizer = self.make_optimizer()
-        self.scaler = LossScaler(compute_dtype(runtime.device), meta.get("scaler"))
-        self.token_bytes = tokenizer.token_bytes().to(runtime.device)
-        if meta:
-            load_weights(self.orig_model, self.directory, self.step)
-            load_optimizer(self.directory, self.step, self.optimizer)
-        prepare_directory(self.directory, runtime, self.step if meta else -1)
-        trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
-        self.metrics = MetricsLog(self.directory / "metrics.jsonl", settings.run, dataclasses.asdict(settings))
-        self.model, self.may_compile = self.orig_model, True
-
-    def find_resume(self) -> dict:
-        """The metadata of the checkpoint to go on from, its loop state taken over; {} for a run from the start."""
-        step, steps = self.settings.resume_from_step, steps_in(self.directory)
-        if step >= 0 and step not in steps:
-            raise NanochatError(f"no checkpoint of step {step} in {self.directory}: there are {steps or 'none'}")
-        if step < 0 and not (self.settings.resume and steps):
-            return {}
-        self.step = steps[-1] if step < 0 else step
-        meta = read_meta(self.directory, self.step)
-        check_tokenizer(meta, self.tokenizer, self.directory)
-        if meta["model_config"] != dataclasses.asdict(self.dial.config):
-            raise NanochatError(f"{self.directory} holds a model of other settings ({meta['model_config']}): "
-                                "give the same ones, or another --model-tag")
-        loop = meta["loop"]
-        self.seconds, self.bpb_curve, self.eval_batches = loop["seconds"], loop["bpb_curve"], loop["eval_batches"]
-        print0(f"going on from step {self.step} in {self.directory}")
-        return meta
-
-    def make_loader(self, split: str, state: list | None = None) -> PackedLoader:
-        return PackedLoader(self.tokenizer, self.rows, self.dial.config.sequence_len, split, self.settings.data_dir,
-                            self.runtime.rank, self.runtime.world_size, self.runtime.device, state)
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        settings, scale = self.settings, self.dial.learning_rate_scale
-        return self.orig_model.setup_optimizer(
-            unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
-            matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale,
-            weight_decay=self.dial.weight_decay)
-
-    def compile(self) -> torch.nn.Module:
-        """The model as it trains: compiled or not. The whole run's length decides, so a resumed run decides alike."""
-        wanted = True if self.settings.compile else False if self.settings.no_compile else None
-        inputs = torch.zeros(self.rows, self.dial.config.sequence_len, dtype=torch.long, device=self.runtime.device)
-        return compiled(self.orig_model, (inputs, inputs), wanted, self.dial.flops / self.runtime.world_size)
-
-    def train_step(self, bar) -> None:
-        """One step of the optimizer: gradients of all micro-batches, rates of this step, update."""
-        if self.may_compile:  # not before the first evaluation: a minute of silence would look like a fault
-            self.model, self.may_compile = self.compile(), False
-        settings, steps, started = self.settings, self.dial.steps, time.perf_counter()
-        tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
-        loss = accumulate(self.model, self.loader, self.micro_batches, self.scaler, lambda: bar.update(tokens))
-        check_loss(loss, self.step, self.optimizer, self.directory)
-        multiplier = learning_rate_multiplier(self.step, steps, warmup_of(steps, settings.warmup_steps),
-                                              settings.warmdown_ratio, settings.final_lr_frac)
-        set_rates(self.optimizer, multiplier, muon_momentum(self.step, steps, settings.warmdown_ratio),
-                  weight_decay_at(self.step, steps))
-        self.scaler.step(self.optimizer)
-        self.model.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        self.metrics.log(step=self.step, loss=loss, lr=multiplier * settings.matrix_lr * self.dial.learning_rate_scale,
-                         tok_per_sec=round(self.dial.total_batch_size / seconds), epoch=self.loader.position[0],
-                         **self.utilization(seconds))
-        bar.set_postfix_str(f"step {self.step}/{steps}, loss {loss:.3f}", refresh=False)
-        self.step += 1
-
-    def utilization(self, seconds: float) -> dict[str, float]:
-        """{"mfu": part of the chips' peak that was used}, where the peak is known."""
-        name = torch.cuda.get_device_name() if self.runtime.device.type == "cuda" else ""
-        peak = next((value for chip, value in PEAK_FLOPS.items() if chip in name), 0)
-        flops = self.dial.flops_per_token * self.dial.total_batch_size / seconds / self.runtime.world_size
-        return {"mfu": round(flops / peak, 4)} if peak else {}
-
-    def save(self) -> None:
-        if self.step in steps_in(self.directory):
-            return  # resumed here
-        check_weights(self.orig_model, self.step, self.directory)
-        loop = {"seconds": self.seconds, "bpb_curve": self.bpb_curve, "eval_batches": self.eval_batches}
-        meta = {"tokenizer": self.tokenizer.fingerprint, "settings": dataclasses.asdict(self.settings),
-                "total_batch_size": self.dial.total_batch_size, "device_batch_size": self.rows, "loop": loop,
-                "scaler": self.scaler.state(), "loader": gather(self.loader.state())}
-        save_checkpoint(self.directory, self.step, self.orig_model, self.optimizer, meta, self.runtime)
-
-    def evaluate_bpb(self) -> None:
-        """Bits per byte on the validation split, always on the same rows."""
-        self.eval_batches = self.eval_batches or self.size_evaluation()
-        self.validation.rewind()
-        self.orig_model.eval()
-        bpb = evaluate_bpb(self.model, self.validation, self.eval_batches, self.token_bytes)
-        self.orig_model.train()
-        self.bpb_curve.append([self.step, bpb])
-        self.metrics.log(step=self.step, bpb=bpb)
-        speed = f", {self.step * self.dial.total_batch_size / self.seconds:,.0f} tokens/s" if self.seconds else ""
-        print0(f"step {self.step:5}/{self.dial.steps}: validation bits per byte {bpb:.4f}{speed}")
-
-    def size_evaluation(self) -> int:
-        """Batches of an evaluation: --eval-tokens rounded up; the default is cut to fit the run and the machine."""
-        tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
-        if self.settings.eval_tokens < tokens:
-            print0(f"--eval-tokens {self.settings.eval_tokens} is less than a batch: evaluating one batch, "
-                   f"{tokens} tokens")
-        wanted = max(-(-self.settings.eval_tokens // tokens), 1)
-        if self.settings.eval_tokens != EVAL_TOKENS:
-            return wanted
-        wanted = min(wanted, max(self.dial.tokens // 10 // tokens, 1))
-        if self.runtime.device.type != "cuda":  # at most about five seconds each
-            started = time.perf_counter()
-            evaluate_bpb(self.model, self.validation, 1, self.token_bytes)
-            wanted = min(wanted, max(round(5 / (time.perf_counter() - started)), 1))
-        wanted = gather(wanted)[0]  # the main process decides
-        print0(f"evaluating on {wanted * tokens:,} tokens")
-        return wanted
-
-    def evaluate_core(self) -> None:
-        self.orig_model.eval()
-        core = evaluate_core(self.orig_model, self.tokenizer, self.runtime.device, self.settings.eval_bundle or None,
-                             self.settings.core_metric_max_per_task)
-        self.orig_model.train()
-        self.metrics.log(step=self.step, core_metric=core["core_metric"], centered_results=core["centered_results"])
-        print0(f"step {self.step:5}: CORE {core['core_metric']:.4f}")
-
-    def sample(self) -> None:
-        if self.runtime.is_main:
-            self.orig_model.eval()
-            for text in draw_samples(self.orig_model, self.tokenizer, sample_prompts(self.settings.eval_bundle)):
-                print0("  " + " ".join(text.split()))
-            self.orig_model.train()
-
-    def report(self) -> None:
-        """What the run measured, for the report."""
-        curve = self.bpb_curve
-        write_result("base", bpb_start=curve[0][1] if curve else None, bpb=curve[-1][1] if curve else None,
-                     bpb_curve=curve, tokens=self.dial.tokens, parameters=self.dial.parameters, steps=self.dial.steps,
-                     depth=self.dial.depth, flops=self.dial.flops, seconds=round(self.seconds, 2),
-                     tok_per_sec=round(self.dial.tokens / self.seconds) if self.seconds else None,
-                     peak_memory_gib=round(peak_memory_bytes(self.runtime.device) / 2**30, 2))
-
-
-def evaluations(run: Run) -> Iterator:
-    """The evaluations that are due at this step."""
-    settings, last = run.settings, run.step == run.dial.steps
-
-    def due(every: int) -> bool:
-        return every > 0 and (last or run.step % every == 0)
-
-    if due(settings.eval_every):
-        yield run.evaluate_bpb
-    if run.step > 0 and due(settings.core_metric_every):
-        yield run.evaluate_core
-    if run.step > 0 and due(settings.sample_every):
-        yield run.sample
+from nanochat_lib.budget import describe_budget
+from nanochat_lib.checkup import Checkup
+from nanochat_lib.common import NanochatError, print0, run_cli, start
+from nanochat_lib.pretraining import BaseTrain, Run, check_settings, recipe_of
+from nanochat_lib.tokenizer import load_tokenizer
 
 
 def train(run: Run) -> None:
     """Save, evaluate, step; to the end."""
-    steps, batch = run.dial.steps, run.dial.total_batch_size
-    every = run.settings.save_every
-    bar = progress(total=run.dial.tokens, desc="base_train", initial=run.step * batch)
-    bar.unit, bar.unit_scale = " tokens", True
-    while True:
-        if run.step == steps or every > 0 and run.step > 0 and run.step % every == 0:
+    checkup = Checkup(run)
+    with run, run.progress() as bar:
+        while True:
             run.save()
-        for evaluation in evaluations(run):
-            try:
-                evaluation()
-            except NanochatError as error:
-                print0(f"step {run.step}: an evaluation could not run, training is not affected: {error}")
-        if run.step == steps:
-            break
-        run.train_step(bar)
-    bar.close()
-    run.metrics.close()
+            checkup.look()
+            if run.step == run.dial.steps:
+                break
+            run.train_step(bar)
     run.report()
     print0(f"trained {run.dial.parameters:,} parameters on {run.dial.tokens:,} tokens: {run.directory}")
 
 
+def dry_run(settings: BaseTrain) -> None:
+    """Print the recipe and what it would take, touching nothing."""
+    try:
+        vocab_size = load_tokenizer().get_vocab_size()
+    except NanochatError:
+        vocab_size = 32768
+    dial = recipe_of(settings, vocab_size)
+    for name, value in {**dial.describe(), **describe_budget(dial, settings.device_batch_size, settings.plan)}.items():
+        print(f"{name:12} {value}")
+
+
 def base_train(settings: BaseTrain) -> None:
     """Pretrain a base model; its size, data, batch and rates follow from --depth."""
+    check_settings(settings)
     if settings.dry_run:
-        try:
-            vocab_size = load_tokenizer().get_vocab_size()
-        except NanochatError:
-            vocab_size = 32768
-        lines = recipe_of(settings, vocab_size).describe().items()
-        return print(*(f"{name:12} {value}" for name, value in lines), sep="\n")
+        return dry_run(settings)
     runtime = start(settings.device_type)
-    check_settings(settings, runtime)
+    check_settings(settings, runtime.device)
     tokenizer = load_tokenizer()
     dial = recipe_of(settings, tokenizer.get_vocab_size())
     for name, value in dial.describe().items():
