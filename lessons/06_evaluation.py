@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0
+from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0, write_aside
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # the tasks of DCLM
 
@@ -515,6 +515,18 @@ def evaluate_core(model: Any, tokenizer: Any, device: Any, bundle_dir: str | Pat
         if report:
             report(f"{task.label:32} accuracy {accuracy:.4f} · centred {centred[task.label]:+.4f}")
     return {"results": results, "centered_results": centred, "core_metric": sum(centred.values()) / len(centred)}
+
+
+def write_tables(path: Path, core: dict[str, Any]) -> None:
+    """CORE as a table, a line per task and the mean last: `path`.csv for programs, `path`.md for people."""
+    rows = [("Task", "Accuracy", "Centered"), *((task, f"{accuracy:.6f}", f"{core['centered_results'][task]:.6f}")
+                                                for task, accuracy in core["results"].items()),
+            ("CORE", "", f"{core['core_metric']:.6f}")]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    with write_aside(path.with_suffix(".csv")) as aside, open(aside, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    with write_aside(path.with_suffix(".md")) as aside:
+        aside.write_text("\n".join([lines[0], "|---|--:|--:|", *lines[1:]]) + "\n")
 
 # %%
 cores = {order: evaluate_core(models[order], tokenizer, "cpu", bundle, 60) for order in (1, 2, 4, 6)}

@@ -2,6 +2,8 @@
 """AdamW for tables and scalars, Muon for the matrices of the blocks; on one process, or sharded over many."""
 
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,6 +29,19 @@ def adamw_step(weights: list[torch.Tensor], gradients: list[torch.Tensor], first
     if weight_decay:
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
     torch._foreach_add_(weights, updates, alpha=-lr / (1 - beta1**step))
+
+
+PIECE = 2**15  # elements for each thread: six float32 tensors of them take 768 KiB, within an L2 cache
+
+
+def pieces(*lists: list[torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], ...]]:
+    """Lists of tensors of the same shapes → the same lists as pieces, views that a cache holds. On a GPU: as they are."""
+    if lists[0][0].device.type != "cpu":
+        yield lists
+        return
+    for tensors in zip(*lists):
+        parts = (tensor.view(-1).split(PIECE * torch.get_num_threads()) for tensor in tensors)
+        yield from (tuple([part] for part in piece) for piece in zip(*parts))
 
 
 # p(x) = a·x + b·x³ + c·x⁵, one after the other: 5 steps, safety 2e-2, cushion 2e-2 (arXiv 2505.16932)
@@ -155,7 +170,8 @@ class Shard:
             self.work.wait()
         mine = self.received[: self.stop - self.start] if self.split else self.received
         self.work = self.sent = self.received = None
-        return mine.float() / self.world_size if self.world_size > 1 else mine.float()
+        mine = mine.float().contiguous()
+        return mine / self.world_size if self.world_size > 1 else mine
 
     def weights(self) -> torch.Tensor:
         """This rank's rows of the weights: a view of the parameter, or a new stack."""
@@ -269,8 +285,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["step"] += 1
             gradients, weights = [s.gradient() for s in shards], [s.weights() for s in shards]
             if group["kind"] == "adamw":
-                adamw_step(weights, gradients, state["first"], state["second"], state["step"],
-                           group["lr"], group["betas"], group["eps"], group["weight_decay"])
+                for parts in pieces(weights, gradients, state["first"], state["second"]):
+                    adamw_step(*parts, state["step"], group["lr"], group["betas"], group["eps"], group["weight_decay"])
             elif len(weights[0]):
                 muon_step(weights[0], gradients[0], state["first"][0], state["second"][0],
                           group["lr"], group["momentum"], group["beta2"], group["weight_decay"])

@@ -377,3 +377,13 @@ def test_without_network_it_says_so_in_seconds(base_dir, monkeypatch):
     assert time.monotonic() - started < 5
     with pytest.raises(NanochatError, match="no core.yaml in .*nowhere"):
         find_bundle(base_dir / "nowhere")
+
+
+def test_tables_for_programs_and_for_people(tmp_path):
+    core = {"results": {"a": 0.5, "b": 1 / 3}, "centered_results": {"a": 0.0, "b": 1 / 9}, "core_metric": 1 / 18}
+    evaluation.write_tables(tmp_path / "base_model_000002", core)
+    with open(tmp_path / "base_model_000002.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["Task"] for row in rows] == ["a", "b", "CORE"] and float(rows[1]["Accuracy"]) == pytest.approx(1 / 3, abs=1e-6)
+    text = (tmp_path / "base_model_000002.md").read_text().splitlines()
+    assert text[0] == "| Task | Accuracy | Centered |" and text[3] == "| b | 0.333333 | 0.111111 |" and len(text) == 5
