@@ -35,7 +35,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat_lib.common import NanochatError, compute_dtype
+from nanochat_lib.common import NanochatError
+from nanochat_lib.muon import muon_step, second_moment_like
 
 # %%
 import matplotlib.pyplot as plt
@@ -222,7 +223,13 @@ def express(steps=5, low=1e-3, safety=2e-2, cushion=2e-2):
     return found
 
 # %%
-#| export
+#| export muon
+"""Muon's step: singular vectors of the momentum, all of one length, by matrix products alone."""
+
+import torch
+
+from nanochat_lib.common import compute_dtype
+
 # p(x) = a·x + b·x³ + c·x⁵, one after the other: 5 steps, safety 2e-2, cushion 2e-2 (arXiv 2505.16932)
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -285,7 +292,7 @@ _ = right.legend(fontsize=8)
 #   do not pull against it.
 
 # %%
-#| export
+#| export muon
 def equalize_rows(matrices: torch.Tensor) -> torch.Tensor:
     """MuonEq (arXiv 2603.28254): every row of a matrix gets the mean norm of its rows. (N, rows, cols)."""
     norms = matrices.norm(dim=-1, keepdim=True)
@@ -314,7 +321,7 @@ def reduce_variance(updates: torch.Tensor, second: torch.Tensor, beta2: float) -
     return updates * (scale * (before / after.clamp_min(1e-30)).sqrt())
 
 # %%
-#| export
+#| export muon
 def muon_step(weights: torch.Tensor, gradients: torch.Tensor, momentum_buffer: torch.Tensor, second: torch.Tensor,
               lr: float, momentum: float, beta2: float, weight_decay: float) -> None:
     """One Muon step on a stack of matrices (N, rows, cols) of one shape, in place on weights and both buffers.

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat_lib.common import NanochatError, compute_dtype
+from nanochat_lib.common import NanochatError
+from nanochat_lib.muon import muon_step, second_moment_like
 
 
 def adamw_step(weights: list[torch.Tensor], gradients: list[torch.Tensor], first: list[torch.Tensor],
@@ -42,76 +43,6 @@ def pieces(*lists: list[torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], ...
     for tensors in zip(*lists):
         parts = (tensor.view(-1).split(PIECE * torch.get_num_threads()) for tensor in tensors)
         yield from (tuple([part] for part in piece) for piece in zip(*parts))
-
-
-# p(x) = a·x + b·x³ + c·x⁵, one after the other: 5 steps, safety 2e-2, cushion 2e-2 (arXiv 2505.16932)
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
-def polar_express(matrices: torch.Tensor) -> torch.Tensor:
-    """(N, rows, cols) → the same singular vectors, every singular value near 1 (arXiv 2505.16932).
-
-    Only matrix products, on the shorter side; in bfloat16 where that is the compute dtype, else in float32.
-    """
-    norm = torch.linalg.matrix_norm(matrices, keepdim=True)
-    x = matrices / (1.01 * norm).clamp_min(1e-30)
-    if compute_dtype(matrices.device) == torch.bfloat16:
-        x = x.bfloat16()
-    tall = x.size(-2) > x.size(-1)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
-        odd = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·XXᵀ + c·(XXᵀ)²
-        x = torch.baddbmm(x, x, odd, beta=a) if tall else torch.baddbmm(x, odd, x, beta=a)
-    return x.to(matrices.dtype)
-
-
-def equalize_rows(matrices: torch.Tensor) -> torch.Tensor:
-    """MuonEq (arXiv 2603.28254): every row of a matrix gets the mean norm of its rows. (N, rows, cols)."""
-    norms = matrices.norm(dim=-1, keepdim=True)
-    return matrices * (norms.mean(-2, keepdim=True) / norms.clamp_min(1e-30))
-
-
-def set_norm(matrices: torch.Tensor) -> torch.Tensor:
-    """Muon+ (arXiv 2602.21545): Frobenius norm √min(rows, cols), what a perfectly orthogonal matrix has."""
-    norm = torch.linalg.matrix_norm(matrices, keepdim=True)
-    return matrices * (min(matrices.shape[-2:]) ** 0.5 / norm.clamp_min(1e-30))
-
-
-def second_moment_like(matrices: torch.Tensor) -> torch.Tensor:
-    """Zeros for NorMuon's running variance: one number per row of tall matrices, per column of wide ones."""
-    count, rows, cols = matrices.shape
-    return matrices.new_zeros((count, rows, 1) if rows >= cols else (count, 1, cols))
-
-
-def reduce_variance(updates: torch.Tensor, second: torch.Tensor, beta2: float) -> torch.Tensor:
-    """NorMuon (arXiv 2510.05491): divide by the running root mean square over the shorter side, keep the whole norm."""
-    mean_square = updates.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True)  # shaped like second
-    second.lerp_(mean_square, 1 - beta2)
-    scale = second.clamp_min(1e-10).rsqrt()
-    before = mean_square.sum((-2, -1), keepdim=True)
-    after = (mean_square * scale.square()).sum((-2, -1), keepdim=True)
-    return updates * (scale * (before / after.clamp_min(1e-30)).sqrt())
-
-
-def muon_step(weights: torch.Tensor, gradients: torch.Tensor, momentum_buffer: torch.Tensor, second: torch.Tensor,
-              lr: float, momentum: float, beta2: float, weight_decay: float) -> None:
-    """One Muon step on a stack of matrices (N, rows, cols) of one shape, in place on weights and both buffers.
-
-    Nesterov momentum → MuonEq → Polar Express → Muon+ → NorMuon → cautious weight decay (arXiv 2510.12402).
-    """
-    rate = lr * max(1.0, weights.size(-2) / weights.size(-1)) ** 0.5
-    momentum_buffer.lerp_(gradients, 1 - momentum)
-    updates = polar_express(equalize_rows(gradients.lerp(momentum_buffer, momentum)))
-    updates = reduce_variance(set_norm(updates), second, beta2)
-    if weight_decay:  # only where the step pulls a weight towards zero anyway
-        updates = updates.addcmul(weights, updates * weights >= 0, value=weight_decay)
-    weights.sub_(updates, alpha=rate)
 
 
 SMALL = 1024  # tensors of fewer elements are not worth sharding

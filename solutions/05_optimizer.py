@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 05 · Exercises: the optimizer
 #
-# Three functions of `nanochat_lib.optim` to rebuild, and one question to answer by measuring. The lesson is [05 · The
+# Three functions of `nanochat_lib.optim` and `nanochat_lib.muon` to rebuild, and one question to answer by measuring. The lesson is [05 · The
 # optimizer](../lessons/05_optimizer.ipynb).
 
 # %%
@@ -61,7 +61,7 @@ check.adamw_step(adamw_step)
 # b·(XXᵀ)X + c·(XXᵀ)²X. The matrices may be tall: form the smaller of XXᵀ and XᵀX, since (XXᵀ)X = X(XᵀX).
 
 # %%
-from nanochat_lib.optim import POLAR_EXPRESS
+from nanochat_lib.muon import POLAR_EXPRESS
 
 
 def polar_express(matrices):
@@ -112,7 +112,8 @@ check.owned_rows(owned_rows)
 # %%
 answer = None  # {"sgd": factor, "adamw": factor, "muon": factor}
 # BEGIN SOLUTION
-from nanochat_lib.optim import adamw_step as library_adamw, muon_step, second_moment_like
+from nanochat_lib.muon import muon_step, second_moment_like
+from nanochat_lib.optim import adamw_step as library_adamw
 
 
 def first_step(kind, scale):

@@ -5,7 +5,7 @@ import torch
 
 from nanochat_lib.course.checks import optimizer as check
 from nanochat_lib.course.grading import solutions_of
-from nanochat_lib.optim import POLAR_EXPRESS
+from nanochat_lib.muon import POLAR_EXPRESS
 
 
 @pytest.fixture(scope="module")

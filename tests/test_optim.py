@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.optim import (POLAR_EXPRESS, MuonAdamW, Shard, equalize_rows, muon_step, owned_rows, parameter_groups,
-                                polar_express, second_moment_like)
+from nanochat_lib.muon import POLAR_EXPRESS, equalize_rows, muon_step, polar_express, second_moment_like
+from nanochat_lib.optim import PIECE, MuonAdamW, Shard, adamw_step, owned_rows, parameter_groups, pieces
 from tests.optim_worker import train
 
 
@@ -37,6 +37,19 @@ def test_adamw_agrees_with_torch(weight_decay):
         reference.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_in_pieces_a_step_is_bit_for_bit_the_same():
+    size = 2 * PIECE * torch.get_num_threads() + 77
+    whole = [[randn(size, seed=n).view(-1, 1), randn(5, seed=n)] for n in range(2)] + [[torch.zeros(size, 1), torch.zeros(5)]
+                                                                                    for _ in range(2)]
+    cut = [[tensor.clone() for tensor in tensors] for tensors in whole]
+    adamw_step(*whole, 1, 0.01, (0.8, 0.95), 1e-10, 0.1)
+    for parts in pieces(*cut):
+        assert all(part.numel() <= PIECE * torch.get_num_threads() for (part,) in parts)
+        adamw_step(*parts, 1, 0.01, (0.8, 0.95), 1e-10, 0.1)
+    for a, b in zip(whole, cut):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def plain_muon(w, g, m, v, lr, momentum, beta2, weight_decay):
