@@ -1260,6 +1260,218 @@ print("lm_head, against the first save:", (model.lm_head.weight - before["lm_hea
 assert checkpoint.steps_in(folder) == [40, 50]
 
 # %% [markdown]
+# ## Checkpoints from elsewhere
+#
+# A model trained with nanochat is the same model in other files: `model_000600.pt`, a pickle of tensors;
+# `optim_000600_rank0.pt` … of each rank; `meta_000600.json`; and a tokenizer in a pickle of its own. A pickle is a
+# program, and runs when it is read. So nothing reads one in passing: there is a command for it, which lets PyTorch
+# read tensors only (`weights_only`) and the tokenizer through a reader that knows one class (lesson 02), checks every
+# name and shape, and writes our files.
+
+# %%
+#| export nanochat_files
+"""nanochat's own checkpoint files, read without running what is in them: weights, optimizer state of all ranks, metadata."""
+
+# %%
+#| export nanochat_files
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_lib.common import NanochatError, read_json
+from nanochat_lib.gpt import GPTConfig
+from nanochat_lib.optim import parameter_groups
+from nanochat_lib.scaling import on_meta
+
+
+def nanochat_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a folder of nanochat's, ascending. NanochatError if there is none."""
+    found = (re.fullmatch(r"model_(\d{6,})\.pt", path.name) for path in Path(directory).glob("model_*.pt"))
+    steps = sorted(int(match[1]) for match in found if match)
+    if not steps:
+        raise NanochatError(f"no checkpoint of nanochat in {directory}: give the folder that holds model_NNNNNN.pt")
+    return steps
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain data; anything else in it is refused, and not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle can fail in any way
+        reason = str(error).strip().split("\n")[0][:200]
+        raise NanochatError(f"{path} holds no readable tensors ({reason}): copy it from its source again") from None
+
+
+def read_config(meta: dict, path: Path) -> GPTConfig:
+    """The model's configuration in nanochat's metadata; its first models had full windows everywhere."""
+    config, known = meta.get("model_config"), {field.name for field in fields(GPTConfig)}
+    if not isinstance(config, dict) or set(config) - known:
+        raise NanochatError(f"{path} describes no model of this kind (model_config is {config}): import one of mid-2026")
+    return GPTConfig(**{"window_pattern": "L", **config})
+
+
+def read_weights(directory: Path, step: int, config: GPTConfig) -> dict[str, torch.Tensor]:
+    """Weights by name, every name and shape as the model has it."""
+    path = Path(directory) / f"model_{step:06d}.pt"
+    weights = read_tensors(path)
+    if not isinstance(weights, dict):
+        raise NanochatError(f"{path} holds a {type(weights).__name__}, not weights by name: give another --step")
+    weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}
+    expected = {name: tuple(value.shape) for name, value in on_meta(config).state_dict().items()}
+    got = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    if got != expected:
+        names = sorted(name for name in {*got, *expected} if got.get(name) != expected.get(name))
+        raise NanochatError(f"{path} is of another kind of model: {names[0]} is {got.get(names[0], 'missing')}, "
+                            f"not {expected.get(names[0], 'there')} ({len(names)} such); import a model of mid-2026")
+    return weights
+
+# %% [markdown]
+# The optimizer's state is in slices, one file a rank: rows of the large tables, whole matrices of the Muon stacks. Put
+# behind one another they are what one process would hold.
+
+# %%
+#| export nanochat_files
+def read_optimizer(directory: Path, step: int, config: GPTConfig) -> dict[str, torch.Tensor] | None:
+    """The optimizer's state under our names, from the files of all ranks; None if there are none.
+
+    NanochatError if it does not fit: the weights can be used without.
+    """
+    paths = sorted(Path(directory).glob(f"optim_{step:06d}_rank*.pt"), key=lambda path: int(path.stem.split("rank")[1]))
+    if not paths:
+        return None
+    ranks = [read_tensors(path) for path in paths]
+    flat: dict[str, torch.Tensor] = {}
+    try:
+        groups = ranks[0]["param_groups"]
+        ours = parameter_groups(on_meta(config))
+        if [group["kind"] for group in groups] != [group["kind"] for group in ours]:
+            raise ValueError("its groups are others")
+        for group, theirs in zip(ours, groups):
+            states = [[rank["state"][index] for rank in ranks] for index in theirs["params"]
+                      if index in ranks[0]["state"]]
+            read = read_stack if group["kind"] == "muon" else read_tables
+            flat.update(read(group, states, step))
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise NanochatError(f"{paths[0]} does not fit the model ({error})") from None
+    return flat
+
+
+def fitted(value: torch.Tensor, shape: torch.Size | tuple, name: str) -> torch.Tensor:
+    """The tensor in float32, if it has this shape."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
+    return value.float()
+
+
+def read_tables(group: dict, states: list[list[dict]], step: int) -> dict[str, torch.Tensor]:
+    """AdamW: each tensor's moments, small ones whole on every rank, large ones in rows."""
+    flat = {f"{group['name']}.step": torch.tensor(int(states[0][0]["step"]))}
+    for number, (param, ranks) in enumerate(zip(group["params"], states, strict=True)):
+        for ours, theirs in (("first", "exp_avg"), ("second", "exp_avg_sq")):
+            parts = [rank[theirs] for rank in ranks]
+            value = parts[0] if parts[0].shape == param.shape else torch.cat(parts)
+            flat[f"{group['name']}.{number}.{ours}"] = fitted(value, param.shape, f"{group['name']}.{theirs}")
+    return flat
+
+
+def read_stack(group: dict, states: list[list[dict]], step: int) -> dict[str, torch.Tensor]:
+    """Muon: the stack's momentum and variance, padded with matrices to a multiple of the ranks."""
+    count, (rows, cols) = len(group["params"]), group["params"][0].shape
+    second = (count, rows, 1) if rows >= cols else (count, 1, cols)
+    flat = {f"{group['name']}.step": torch.tensor(step)}
+    for ours, theirs, shape in (("first", "momentum_buffer", (count, rows, cols)),
+                                ("second", "second_momentum_buffer", second)):
+        value = torch.cat([rank[theirs] for rank in states[0]])[:count]
+        flat[f"{group['name']}.0.{ours}"] = fitted(value, shape, f"{group['name']}.{theirs}")
+    return flat
+
+
+def read_checkpoint(directory: Path, step: int) -> tuple[dict, dict | None, dict[str, Any], str]:
+    """(weights, optimizer state or None, our metadata, why there is no optimizer state or "") of a nanochat checkpoint."""
+    path = Path(directory) / f"meta_{step:06d}.json"
+    theirs = read_json(path)
+    config = read_config(theirs, path)
+    weights, state, why = read_weights(directory, step, config), None, "there is none"
+    try:
+        state = read_optimizer(directory, step, config)
+    except NanochatError as error:
+        why = str(error)
+    settings = {"device_batch_size": 32, "embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02,
+                **theirs.get("user_config", {})}
+    meta = {"model_config": asdict(config), "settings": settings, "imported": theirs,
+            "total_batch_size": theirs.get("total_batch_size") or settings.get("total_batch_size") or 2**19}
+    return weights, state, meta, "" if state else why
+
+# %%
+#| export scripts/import_checkpoint
+"""Import: a checkpoint of nanochat and its tokenizer become ours. The source is only read."""
+
+# %%
+#| export scripts/import_checkpoint
+#| cli import_checkpoint
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nanochat_lib.checkpoint import STAGES, checkpoint_directory, files_of, write_checkpoint
+from nanochat_lib.common import NanochatError, base_dir, print0, run_cli
+from nanochat_lib.nanochat_files import nanochat_steps, read_checkpoint
+from nanochat_lib.tokenizer import Tokenizer
+
+
+@dataclass
+class ImportCheckpoint:
+    """What to import."""
+
+    source: tyro.conf.Positional[str]  # folder with model_NNNNNN.pt, such as ~/.cache/nanochat/base_checkpoints/d20
+    stage: str = ""       # base, sft or rl; empty: as the folder above says, else base
+    step: int = -1        # −1: the last
+    model_tag: str = ""   # empty: the source's name, with _nanochat behind it if that is the source itself
+    tokenizer: str = ""   # folder with tokenizer.pkl; empty: tokenizer/ beside the folder of checkpoints
+
+
+def import_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder of nanochat's, written to our own place unless it is there. Another there is an error."""
+    tokenizer, place = Tokenizer.from_directory(folder), base_dir() / "tokenizer"
+    if (place / "tokenizer.json").exists():
+        ours = Tokenizer.from_directory(place)
+        if ours.fingerprint != tokenizer.fingerprint:
+            raise NanochatError(f"the tokenizer in {place} is {ours.fingerprint}, that in {folder} "
+                                f"{tokenizer.fingerprint}: set NANOCHAT_BASE_DIR to a folder of its own")
+        return tokenizer
+    tokenizer.save(place)
+    return tokenizer
+
+
+def import_checkpoint(settings: ImportCheckpoint) -> None:
+    """Turn a checkpoint of nanochat (.pt files, tokenizer.pkl) into one that every command here loads."""
+    source = Path(settings.source).expanduser().resolve()
+    steps = nanochat_steps(source)
+    step = steps[-1] if settings.step < 0 else settings.step
+    if step not in steps:
+        raise NanochatError(f"no checkpoint of step {step} in {source}: there are {', '.join(map(str, steps))}")
+    above = [stage for stage, name in STAGES.items() if name == source.parent.name]
+    stage = settings.stage or (above[0] if above else "base")
+    directory = checkpoint_directory(stage, settings.model_tag or source.name).resolve()
+    if directory == source:  # never write among the files we read
+        directory = directory.with_name(f"{directory.name}_nanochat")
+    if files_of(directory, step)[2].exists():
+        raise NanochatError(f"{directory} has a checkpoint of step {step}: give another --model-tag")
+    tokenizer = import_tokenizer(Path(settings.tokenizer or source.parents[1] / "tokenizer").expanduser())
+    weights, state, meta, why = read_checkpoint(source, step)
+    if meta["model_config"]["vocab_size"] != tokenizer.get_vocab_size():
+        raise NanochatError(f"the model has {meta['model_config']['vocab_size']} tokens, the tokenizer "
+                            f"{tokenizer.get_vocab_size()}: give the model's own with --tokenizer")
+    if why:
+        print0(f"without the optimizer's state: {why}")
+    write_checkpoint(directory, step, weights, state, {**meta, "tokenizer": tokenizer.fingerprint})
+    print0(f"imported {source}, step {step}, to {directory}")
+
+# %% [markdown]
 # ## What every training loop shares
 #
 # Chat training (lesson 09) and reinforcement learning (lesson 10) step like pretraining does: sum the gradients of

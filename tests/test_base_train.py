@@ -159,6 +159,12 @@ def test_another_model_or_tokenizer_is_not_resumed(data, base_dir):
     base_train(BaseTrain(**settings))
     with pytest.raises(NanochatError, match="other settings"):
         base_train(BaseTrain(**{**settings, "depth": 3}))
+    path = checkpoint_directory("base", "m") / "meta_000004.json"
+    meta = read_json(path)
+    path.write_text(json.dumps({name: value for name, value in meta.items() if name not in ("loop", "loader")}))
+    with pytest.raises(NanochatError, match="was imported.*chat_sft"):
+        base_train(BaseTrain(**settings))
+    path.write_text(json.dumps(meta))
     Tokenizer.train_from_iterator(iter(["quite another text, my dear " * 9]), 280).save(base_dir / "tokenizer")
     with pytest.raises(NanochatError, match="was trained with tokenizer"):
         base_train(BaseTrain(**settings))
