@@ -236,10 +236,15 @@ def test_without_a_compiler_training_goes_on(make_model, monkeypatch, capsys):
     assert compiled(model, (ids, ids), None, 1e9) is model and not capsys.readouterr().out  # too short to pay
 
 
-def test_dry_run_prints_the_recipe(base_dir, capsys):
-    base_train(BaseTrain(depth=24, target_param_data_ratio=8, dry_run=True))
-    said = capsys.readouterr().out
-    assert "depth 24" in said and "5,568 steps of 1,048,576" in said and not (base_dir / "base_checkpoints").exists()
+def test_dry_run_prints_the_recipe_and_what_it_takes(base_dir, run_module):
+    flags = ("--depth=24", "--target-param-data-ratio=8", "--device-batch-size=16", "--dry-run", "--fp8", "--mfu=0.5",
+             "--dollars-per-gpu-hour=2.5", "--gpus=16")
+    run = run_module("nanochat_lib.scripts.base_train", *flags)
+    assert run.returncode == 0, run.stderr
+    said = {line.split()[0]: line for line in run.stdout.splitlines()}
+    assert "depth 24" in said["model"] and "5,568 steps of 1,048,576" in said["tokens"] and "FLOPs" in said
+    assert "on each of 16 H100" in said["memory"] and "optimizer state" in said["memory"]
+    assert "50% of 989" in said["time"] and "2.5 a GPU hour" in said["price"] and not (base_dir / "base_checkpoints").exists()
 
 
 def test_base_eval(data, base_dir, capsys, monkeypatch):
