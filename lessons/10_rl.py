@@ -1096,8 +1096,9 @@ class Run:
         self.step = (steps_in(self.directory)[-1:] or [0])[0] if settings.resume else 0
         source = {"stage": "sft", "model_tag": folder.name, "step": step}
         self.policy = Policy(settings, runtime, source, self.directory, self.step)
-        self.policy.source = self.policy.meta.get("source", source)
-        self.journal = Journal(settings, runtime, self.directory, self.step, self.policy.meta.get("loop", {}))
+        earlier = self.policy.meta if self.step else {}
+        self.policy.source = earlier.get("source", source)
+        self.journal = Journal(settings, runtime, self.directory, self.step, earlier.get("loop", {}))
 
     def questions(self, split: str) -> Task:
         return get_task(PRACTICE.get(self.settings.task, self.settings.task), split, self.settings.task_data)
@@ -1160,7 +1161,10 @@ def chat_rl(settings: ChatRL) -> None:
             run.save()
         due = settings.eval_every > 0 and (last or run.step % settings.eval_every == 0)
         if due and run.step not in [evaluation["step"] for evaluation in run.journal.evaluations]:
-            run.evaluate()
+            try:
+                run.evaluate()
+            except NanochatError as error:
+                print0(f"step {run.step}: the evaluation could not run, training is not affected: {error}")
         if last:
             break
         bar.set_postfix_str(f"reward {run.train_step():.3f}", refresh=False)
@@ -1183,6 +1187,166 @@ def chat_rl(settings: ChatRL) -> None:
 # torchrun --nproc-per-node=8 -m nanochat_lib.scripts.chat_rl
 # ```
 #
+# ## Is it fast?
+#
+# Two claims of these lessons, measured by one command on your machine: a step in one batch against one question after
+# the other, eight answers at a time and each answer with its own row; and packing by bisection against looking at every
+# waiting conversation (lesson 09).
+
+# %%
+#| export scripts/chat_bench
+"""How fast chat training is: a step of RL in one batch against question by question, packing against linear search.
+
+    python -m nanochat_lib.scripts.chat_bench                  # random weights
+    python -m nanochat_lib.scripts.chat_bench --source sft     # a trained model
+"""
+
+# %%
+#| export scripts/chat_bench
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nanochat_lib.checkpoint import load_model
+from nanochat_lib.common import NanochatError, pick_device, print0, run_cli
+from nanochat_lib.dataloader import BestFit
+from nanochat_lib.engine import Engine
+from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.objectives import Terms, reinforce
+from nanochat_lib.rewards import Reward
+from nanochat_lib.rl import learn, roll_out, token_weights, tries_of
+from nanochat_lib.tasks.common import Task, conversation_of
+from nanochat_lib.tokenizer import Tokenizer
+
+
+@dataclass
+class ChatBench:
+    """What to measure."""
+
+    source: str = ""
+    """sft or rl: a checkpoint; without it random weights of the laptop's size"""
+    questions: int = 16
+    samples: int = 16
+    max_new_tokens: int = 32
+    repeats: int = 3
+    """rounds; each runs every contestant, and medians are shown"""
+    device_type: str = ""
+
+
+def medians(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each contestant: medians of interleaved rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+# %%
+#| export scripts/chat_bench
+class Additions(Task):
+    """Sums to be tried; the reward is a coin, so that no question is decided and all rows are learned from."""
+
+    def conversation(self, row: tuple[int, int]) -> dict:
+        return conversation_of(f"Anna has {row[0]} apples and finds {row[1]} more. How many has she now?", "0")
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        return float(sum(map(ord, answer)) % 2)
+
+
+def rl_step(engine: Engine, task: Task, settings: ChatBench, one_by_one: bool) -> None:
+    """Answers and gradients of one step, all at once or a question at a time, eight rows each."""
+    count, tokens = settings.samples, settings.max_new_tokens
+    parts = [[number] for number in range(settings.questions)] if one_by_one else [list(range(settings.questions))]
+    most = 8 * engine.model.config.sequence_len
+    for numbers in parts:
+        groups = [8] * (count // 8) + [count % 8] * (count % 8 > 0) if one_by_one else [count]
+        for seed, group in enumerate(groups):
+            engine.model.eval()
+            asked = roll_out(engine, task, numbers, Reward(zero_cut=False), num_samples=group, max_tokens=tokens,
+                             seed=seed)
+            engine.model.train()
+            if tries := tries_of(asked, keep_decided=True):
+                table = tries.mask() * 0
+                weights = token_weights(reinforce, tries, Terms(tokens=1000.0), table, table)
+                learn(engine.model, tries.rows, weights, most)
+    engine.model.zero_grad(set_to_none=True)
+
+
+def bench_rl(settings: ChatBench) -> float:
+    """How many times faster a step in one batch is."""
+    device = pick_device(settings.device_type)
+    if settings.source:
+        model, tokenizer, _ = load_model(settings.source, device, "train")
+    else:
+        torch.manual_seed(0)
+        tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])
+        model = build_model(GPTConfig(256, tokenizer.get_vocab_size(), 4, 2, 2, 128), device)
+    engine, task = Engine(model, tokenizer), Additions([(i, i + 3) for i in range(settings.questions)])
+    seconds = medians({name: lambda slow=slow: rl_step(engine, task, settings, slow)
+                       for name, slow in (("one batch", False), ("one by one", True))}, settings.repeats)
+    ratio = seconds["one by one"] / seconds["one batch"]
+    print0(f"RL step of {settings.questions} × {settings.samples} answers: {seconds['one batch']:.2f} s in one batch, "
+           f"{seconds['one by one']:.2f} s question by question: {ratio:.1f}×")
+    return ratio
+
+# %%
+#| export scripts/chat_bench
+def packed(lengths: list[range], capacity: int, waiting_most: int, linear: bool) -> list[list[int]]:
+    """Rows of conversations (given as ranges of their lengths), best fit, by bisection or by looking at each."""
+    buffer, waiting, rest, rows = BestFit(), [], iter(lengths), [[]]
+    room, size = capacity, 0
+    while True:
+        while size < waiting_most and (one := next(rest, None)) is not None:
+            waiting.append(one) if linear else buffer.add(one)
+            size += 1
+        if not size:
+            return rows
+        if linear:
+            best, longest = -1, 0
+            for place, one in enumerate(waiting):
+                if longest < len(one) <= room:
+                    best, longest = place, len(one)
+            found = waiting.pop(best) if best >= 0 else None
+        else:
+            found = buffer.take(room, crop=False)
+        if found is None:
+            rows.append([])
+            room = capacity
+        else:
+            rows[-1].append(found.start)
+            room, size = room - len(found), size - 1
+
+
+def bench_packing(settings: ChatBench) -> dict[int, float]:
+    """{conversations waiting: how many times faster bisection packs them}; the rows are equal."""
+    dice, ratios = random.Random(0), {}
+    lengths = [range(i, i + min(int(dice.expovariate(1 / 60)) + 8, 257)) for i in range(0, 4000)]
+    for waiting in (100, 1000):
+        rows = [packed(lengths, 257, waiting, linear) for linear in (False, True)]
+        if rows[0] != rows[1]:
+            raise NanochatError("packing by bisection gives other rows than linear search: please report this")
+        seconds = medians({name: lambda linear=linear: packed(lengths, 257, waiting, linear)
+                           for name, linear in (("bisection", False), ("linear", True))}, settings.repeats)
+        ratios[waiting] = seconds["linear"] / seconds["bisection"]
+        fast, slow = (f"{len(rows[0]) / seconds[name]:,.0f} rows/s" for name in ("bisection", "linear"))
+        print0(f"packing with {waiting} waiting: {fast} by bisection, {slow} by linear search: {ratios[waiting]:.1f}×")
+    return ratios
+
+# %%
+#| export scripts/chat_bench
+#| cli chat_bench
+def chat_bench(settings: ChatBench) -> None:
+    """Print what packing and one batch for a whole step are worth on this machine."""
+    bench_packing(settings)
+    bench_rl(settings)
+
+# %% [markdown]
 # ## What your own run did
 #
 # Every step of `chat_rl` leaves its numbers in `metrics.jsonl` and its answers in `rollouts.jsonl`. Here are those of

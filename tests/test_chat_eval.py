@@ -14,7 +14,7 @@ from nanochat_lib.engine import Completion, Engine
 from nanochat_lib.scripts.chat_eval import ChatEval, chat_eval
 from nanochat_lib.tasks import evaluation_tasks
 from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice
-from nanochat_lib.tasks.evaluate import Asking, choose_letters, evaluate_chat, grade, pass_at_k
+from nanochat_lib.tasks.evaluate import Answer, Asking, calls_in, choose_letters, evaluate_chat, grade, pass_at_k
 
 ALONE = Runtime(torch.device("cpu"))
 
@@ -57,6 +57,20 @@ class Echo(Task):
 
     def evaluate(self, conversation, answer):
         return answer == conversation["messages"][-1]["content"]
+
+
+def test_calls_that_the_calculator_answered_are_told_from_others(tokenizer, make_model):
+    engine = Engine(make_model(), tokenizer)
+    call = [engine.python_start, *tokenizer.encode("1+2"), engine.python_end]
+    shown = [engine.output_start, *tokenizer.encode("3"), engine.output_end]
+    own, forced = [1] * len(call), [0] * len(shown)
+    assert calls_in(Completion(call + shown, own + forced, [], "stop"), engine) == "answered"
+    assert calls_in(Completion(call + shown + call, own + forced + own, [], "stop"), engine) == "failed"
+    assert calls_in(Completion(call + shown, own + [1] * len(shown), [], "stop"), engine) == "failed"  # made up
+    assert calls_in(Completion([5], [1], [], "stop"), engine) == ""
+    answers = [Answer("sums", i, "", "", ["a", "b"], [True, False], ["answered", made]) for i, made in
+               enumerate(("answered", "failed"))]
+    assert grade({"sums": Echo([])}, answers)["calculator"] == {"sums": 0.75}
 
 
 def test_grades_are_centred_on_chance(tokenizer, make_model, monkeypatch):

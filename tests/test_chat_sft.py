@@ -230,6 +230,19 @@ def test_grading_that_cannot_run_is_reported_and_the_run_survives(tokenizer, bas
     assert steps_in(checkpoint_directory("sft", "d2")) == [1]
 
 
+def test_bits_per_byte_and_chatcore_are_measured_on_the_way(tokenizer, base_dir):
+    make_base(tokenizer, sequence_len=256)
+    chat_sft(ChatSFT(**{**QUIET, "eval_every": 1, "chatcore_every": 1}, chatcore_max_cat=2, chatcore_max_sample=1,
+                     num_iterations=2))
+    lines = (checkpoint_directory("sft", "d2") / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["step"] for event in events if "bpb" in event] == [0, 1, 2]
+    graded = [event for event in events if "chatcore" in event]
+    assert [event["step"] for event in graded] == [1, 2]
+    assert list(graded[0]["tasks"]) == ["multiple_choice", "letter_counting", "spelling", "word_problems_1",
+                                        "word_problems_2", "facts"]
+
+
 def test_two_ranks_train_one_model_and_stop_together(tokenizer, base_dir, tmp_path, run_module):
     make_base(tokenizer, total_batch_size=512)
     rows = [conversation_of(f"question {i}", "x y " * (i % 2 * 30 + 1)) for i in range(60)]  # of very unlike lengths

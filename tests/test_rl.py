@@ -124,7 +124,8 @@ def sft_model(base_dir, tokenizer, make_model):
     """A random chat model under base_dir."""
     tokenizer.save(base_dir / "tokenizer")
     model = make_model()
-    save_checkpoint(base_dir / "chatsft_checkpoints" / "d3", 7, model, None, {"tokenizer": tokenizer.fingerprint},
+    save_checkpoint(base_dir / "chatsft_checkpoints" / "d3", 7, model, None,
+                    {"tokenizer": tokenizer.fingerprint, "loop": [[], 1.0, None], "source": "as chat_sft leaves them"},
                     Runtime(torch.device("cpu")))
     return base_dir
 
@@ -281,3 +282,24 @@ def test_several_tasks_are_practised_as_one(base_dir):
         gold = item["messages"][-1]["content"]
         assert both.reward(item, gold) == 1 and both.reward(item, "x") == 0 and both.eval_type == "generative"
     assert len(get_task("letter_counting|spelling", "test")) > 300
+
+
+def test_an_evaluation_that_cannot_run_is_reported_and_the_run_survives(sft_model, monkeypatch, capsys):
+    class TrainOnly(HasE):
+        def __init__(self, split):
+            if split == "test":
+                raise NanochatError("no test questions here")
+            super().__init__(split)
+
+    monkeypatch.setattr("tests.rl_task.HasE", TrainOnly)
+    chat_rl(ChatRL(**{**SMALL, "num_iterations": 1, "eval_every": 1}))
+    assert "could not run, training is not affected: no test questions here" in capsys.readouterr().out
+    assert steps_in(sft_model / "chatrl_checkpoints" / "d3") == [1]
+
+
+def test_the_bench_finds_the_same_rows_and_prints_its_ratios(base_dir, capsys):
+    from nanochat_lib.scripts.chat_bench import ChatBench, bench_packing, bench_rl
+
+    settings = ChatBench(questions=2, samples=3, max_new_tokens=4, repeats=1)
+    assert set(bench_packing(settings)) == {100, 1000} and bench_rl(settings) > 0
+    assert "RL step of 2 × 3 answers" in capsys.readouterr().out

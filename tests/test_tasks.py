@@ -209,6 +209,28 @@ def test_hub_schemas_from_local_parquet(made_data):
     assert len(smoltalk) == 6 and fault_of(smoltalk[0]) == ""
 
 
+@pytest.mark.parametrize("name, split, asked", [
+    ("smoltalk", "train", ("HuggingFaceTB/smol-smoltalk", None, "train")),
+    ("MMLU", "auxiliary_train", ("cais/mmlu", "all", "auxiliary_train")),
+    ("ARC-Easy", "test", ("allenai/ai2_arc", "ARC-Easy", "test")),
+    ("ARC-Challenge", "test", ("allenai/ai2_arc", "ARC-Challenge", "test")),
+    ("GSM8K", "train", ("openai/gsm8k", "main", "train")),
+    ("HumanEval", "test", ("openai/openai_humaneval", None, "test")),
+])
+def test_hub_sets_are_asked_for_by_their_names(monkeypatch, name, split, asked):
+    """The hub's own client, in place of which a stand-in answers: repository, configuration, split, and order."""
+    import datasets
+
+    calls = []
+    rows = datasets.Dataset.from_list([{"n": n} for n in range(30)])
+    monkeypatch.setattr(common, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda repo, config=None, split=None: calls.append((repo, config, split)) or rows)
+    task = get_task(name, split)
+    assert calls == [asked]
+    assert [task.rows[int(i)]["n"] for i in task.order] == rows.shuffle(seed=42)["n"]
+
+
 def test_missing_sets_are_said_in_seconds(tmp_path, monkeypatch, base_dir):
     with pytest.raises(NanochatError, match=r"no test\.jsonl or test-\*\.parquet in .*arc_challenge.*ai2_arc"):
         get_task("ARC-Challenge", "test", str(tmp_path))

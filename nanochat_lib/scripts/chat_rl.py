@@ -234,8 +234,9 @@ class Run:
         self.step = (steps_in(self.directory)[-1:] or [0])[0] if settings.resume else 0
         source = {"stage": "sft", "model_tag": folder.name, "step": step}
         self.policy = Policy(settings, runtime, source, self.directory, self.step)
-        self.policy.source = self.policy.meta.get("source", source)
-        self.journal = Journal(settings, runtime, self.directory, self.step, self.policy.meta.get("loop", {}))
+        earlier = self.policy.meta if self.step else {}
+        self.policy.source = earlier.get("source", source)
+        self.journal = Journal(settings, runtime, self.directory, self.step, earlier.get("loop", {}))
 
     def questions(self, split: str) -> Task:
         return get_task(PRACTICE.get(self.settings.task, self.settings.task), split, self.settings.task_data)
@@ -296,7 +297,10 @@ def chat_rl(settings: ChatRL) -> None:
             run.save()
         due = settings.eval_every > 0 and (last or run.step % settings.eval_every == 0)
         if due and run.step not in [evaluation["step"] for evaluation in run.journal.evaluations]:
-            run.evaluate()
+            try:
+                run.evaluate()
+            except NanochatError as error:
+                print0(f"step {run.step}: the evaluation could not run, training is not affected: {error}")
         if last:
             break
         bar.set_postfix_str(f"reward {run.train_step():.3f}", refresh=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nanochat_lib.batch import Completion
 from nanochat_lib.checkpoint import gather
 from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.engine import Engine
@@ -25,6 +26,7 @@ class Answer:
     expected: str
     answers: list[str]
     right: list[bool]
+    calls: list[str]  # of each answer: "" without a call of the calculator, "answered", or "failed"
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,17 @@ def text_of(content: str | list[dict]) -> str:
     return "".join(marks[part["type"]].format(part["text"]) for part in content)
 
 
-def record(name: str, index: int, conversation: dict, answers: list[str], right: list[bool]) -> Answer:
+def record(name: str, index: int, conversation: dict, answers: list[str], right: list[bool],
+           calls: list[str]) -> Answer:
     *_, question, expected = conversation["messages"]
-    return Answer(name, index, question["content"], text_of(expected["content"]), answers, right)
+    return Answer(name, index, question["content"], text_of(expected["content"]), answers, right, calls)
+
+
+def calls_in(completion: Completion, engine: Engine) -> str:
+    """"answered" if the calculator answered every call of an answer, "failed" if not, "" if it made none."""
+    made = completion.tokens.count(engine.python_start)
+    answered = sum(token == engine.output_start and not own for token, own in zip(completion.tokens, completion.mask))
+    return ("answered" if made == answered else "failed") if made else ""
 
 
 def ask(model: Any, tokenizer: Any, tasks: dict[str, Task], asking: Asking, runtime: Runtime,
@@ -90,15 +100,17 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, Task], asking: Asking, runt
     letters = choose_letters(model, tokenizer, [found[pair] for pair in lettered], asking.batch_size)
     for pair, letter in zip(lettered, letters):
         right = tasks[pair[0]].evaluate(found[pair], letter)
-        answers.append(record(*pair, found[pair], [letter], [bool(right)]))
+        answers.append(record(*pair, found[pair], [letter], [bool(right)], [""]))
     written = [pair for pair in mine if tasks[pair[0]].eval_type == "generative"]
-    completions = Engine(model, tokenizer).generate_many(
+    engine = Engine(model, tokenizer)
+    completions = engine.generate_many(
         [tokenizer.render_for_completion(found[pair]) for pair in written], asking.num_samples, asking.max_new_tokens,
         asking.temperature, asking.top_k, asking.seed, progress=progress)
     for pair, samples in zip(written, completions):
         texts = [tokenizer.decode(sample.tokens) for sample in samples]
         right = [bool(tasks[pair[0]].evaluate(found[pair], text)) for text in texts]
-        answers.append(record(*pair, found[pair], texts, right))
+        calls = [calls_in(sample, engine) for sample in samples]
+        answers.append(record(*pair, found[pair], texts, right, calls))
     order = {name: place for place, name in enumerate(tasks)}
     return sorted((answer for part in gather(answers) for answer in part), key=lambda a: (order[a.task], a.index))
 
@@ -109,7 +121,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def grade(tasks: dict[str, Task], answers: list[Answer]) -> dict[str, Any]:
-    """{"tasks": {name: accuracy}, "centered", "chance", "counts", "chatcore", "pass_at_k": {name: [k=1, 2, …]}}.
+    """{"tasks": {name: accuracy}, "centered", "chance", "counts", "chatcore", "pass_at_k": {name: [k=1, 2, …]},
+    "calculator": {name: part of the answers with calls, all of them answered}}; the last for tasks that use it.
 
     With several samples an answer counts as right if any of them is.
     """
@@ -120,7 +133,9 @@ def grade(tasks: dict[str, Task], answers: list[Answer]) -> dict[str, Any]:
     centered = {name: (accuracy[name] - chance[name]) / (1 - chance[name]) for name in by_task}
     curves = {name: [sum(pass_at_k(len(right), sum(right), k) for right in rights) / len(rights)
                      for k in range(1, len(rights[0]) + 1)] for name, rights in by_task.items() if len(rights[0]) > 1}
+    calls = {name: [call for answer in answers if answer.task == name for call in answer.calls] for name in by_task}
     return {"tasks": accuracy, "centered": centered, "chance": chance,
+            "calculator": {name: made.count("answered") / len(made) for name, made in calls.items() if any(made)},
             "counts": {name: len(rights) for name, rights in by_task.items()},
             "chatcore": sum(centered.values()) / len(centered) if centered else 0.0, "pass_at_k": curves}
 
