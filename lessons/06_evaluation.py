@@ -38,17 +38,17 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
 from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0, write_aside
+from nanochat_lib.scoring import Row, rows_of, score_questions
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # the tasks of DCLM
 
@@ -60,6 +60,8 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 # the rest is left to shorter ones. Order n looks at n − 1 tokens; order 0 knows nothing: every token is equally likely.
 
 # %%
+import torch.nn.functional as F
+
 from nanochat_lib.tokenizer import Tokenizer
 from nanochat_lib.world_facts import World
 from nanochat_lib.world_tasks import write_bundle
@@ -366,7 +368,19 @@ for label in ("world_kin_mc", "world_schema", "world_sums_lm"):
 # choices share at the front (or, for a schema, at the back) is context.
 
 # %%
-#| export
+#| export scoring
+"""How likely does a model find parts of texts? Many questions at once, what their rows share computed once."""
+
+# %%
+#| export scoring
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
 class Row(NamedTuple):
     """One sequence to score: how likely are tokens start … end − 1, given those before?"""
 
@@ -408,10 +422,11 @@ def crop(row: Row, limit: int | None) -> Row:
 # ## In batches
 #
 # Rows of many questions go through the model together, sorted by length so that little is padding. The model is causal:
-# padding on the right cannot change what stands before it, and the scores are the same as one by one.
+# padding on the right cannot change what stands before it, and the scores are the same as one by one. The last matrix,
+# the largest of a small model, is needed for scored tokens only.
 
 # %%
-#| export
+#| export scoring
 def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
     """Indices of rows in batches of like length, the longest first, each of at most `budget` tokens with padding."""
     batch = []
@@ -424,26 +439,83 @@ def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def padded(lists: list[list[int]], width: int, fill: int, device: Any) -> Tensor:
+    """Lists of ids as one (rows, width) tensor, `fill` on the right."""
+    return torch.tensor([ids + [fill] * (width - len(ids)) for ids in lists]).to(device)
+
+
+def score_batch(model: Any, rows: list[Row], skip: int | list[int], device: Any, kv_cache: Any = None) -> list:
+    """(mean loss of the scored tokens, whether each was the first guess) of rows whose first `skip` tokens are cached."""
+    skips = [skip] * len(rows) if isinstance(skip, int) else skip
+    width = max(len(row.ids) - 1 - first for row, first in zip(rows, skips))
+    inputs = padded([row.ids[first:-1] for row, first in zip(rows, skips)], width, 0, device)
+    targets = padded([[-1] * (row.start - 1 - first) + row.ids[row.start:row.end] for row, first in zip(rows, skips)],
+                     width, -1, device)  # -1: not scored
+    wanted = targets >= 0
+    if hasattr(model, "hidden"):
+        logits = model.logits(model.hidden(inputs, kv_cache)[wanted])  # (scored, vocab)
+    else:
+        logits = model(inputs)[wanted]
+    losses = F.cross_entropy(logits.float(), targets[wanted], reduction="none").cpu()
+    right = (logits.argmax(-1) == targets[wanted]).cpu()
+    spans = [row.end - row.start for row in rows]
+    return [(loss.mean().item(), bool(hits.all())) for loss, hits in zip(losses.split(spans), right.split(spans))]
+
+
 @torch.no_grad()
 def score_rows(model: Any, rows: list[Row], device: Any, budget: int) -> list[tuple[float, bool]]:
     """For each row the mean loss (nats) of its scored tokens, and whether each was the model's first guess."""
     scores: list[Any] = [None] * len(rows)
     for batch in length_batches([len(row.ids) for row in rows], budget):
-        width = max(len(rows[index].ids) for index in batch) - 1
-        inputs = torch.zeros(len(batch), width, dtype=torch.long)
-        targets = torch.full_like(inputs, -1)  # -1: not scored
-        for place, index in enumerate(batch):
-            ids, start, end = rows[index]
-            inputs[place, :len(ids) - 1] = torch.tensor(ids[:-1])  # padded on the right, where no earlier token looks
-            targets[place, start - 1:end - 1] = torch.tensor(ids[start:end])
-        inputs, targets = inputs.to(device), targets.to(device)
-        logits, wanted = model(inputs)[targets >= 0], targets[targets >= 0]  # (scored, vocab), (scored,)
-        losses = F.cross_entropy(logits.float(), wanted, reduction="none").cpu()
-        right = (logits.argmax(-1) == wanted).cpu()
-        spans = [rows[index].end - rows[index].start for index in batch]
-        for index, loss, hits in zip(batch, losses.split(spans), right.split(spans)):
-            scores[index] = (loss.mean().item(), bool(hits.all()))
+        for index, score in zip(batch, score_batch(model, [rows[index] for index in batch], 0, device)):
+            scores[index] = score
     return scores
+
+# %% [markdown]
+# The four rows of a multiple choice differ in their last few tokens: the question, and the solved examples before it,
+# would be read four times. So what the rows of a question share is read once, its keys and values kept in a cache
+# (lesson 08 explains it), copied for each choice, and the choices are read on from there.
+
+# %%
+#| export scoring
+WORTH_SHARING = 32  # tokens: below that, a second pass costs more than it saves
+
+
+@torch.no_grad()
+def score_questions(model: Any, questions: list[list[Row]], device: Any, budget: int) -> list[list[tuple[float, bool]]]:
+    """`score_rows` of each question's rows, what they have in common read once where the model can."""
+    shared = [min(common_prefix([row.ids for row in rows]), min(row.start for row in rows) - 1)
+              if len(rows) > 1 and hasattr(model, "hidden") else 0 for rows in questions]
+    scores: list[Any] = [None] * len(questions)
+    short = [index for index, length in enumerate(shared) if length < WORTH_SHARING]
+    flat = iter(score_rows(model, [row for index in short for row in questions[index]], device, budget))
+    for index in short:
+        scores[index] = [next(flat) for _ in questions[index]]
+    long = [index for index, length in enumerate(shared) if length >= WORTH_SHARING]
+    for batch in length_batches([shared[index] * len(questions[index]) for index in long], budget):
+        batch = [long[place] for place in batch]
+        found = iter(score_shared(model, [questions[index] for index in batch], [shared[index] for index in batch], device))
+        for index in batch:
+            scores[index] = [next(found) for _ in questions[index]]
+    return scores
+
+
+def score_shared(model: Any, questions: list[list[Row]], shared: list[int], device: Any) -> list[tuple[float, bool]]:
+    """Scores of all rows of some questions, whose first `shared` tokens go through the model once for each question."""
+    from nanochat_lib.kv_cache import KVCache
+
+    rows = [row for question in questions for row in question]
+    owners = [index for index, question in enumerate(questions) for _ in question]
+    once = KVCache(model.config, len(questions), max(shared))
+    once.resize([0] * len(questions), device)
+    once.counts = torch.tensor(shared, device=device)
+    model.hidden(padded([question[0].ids[:length] for question, length in zip(questions, shared)], max(shared), 0, device),
+                 once)
+    each = KVCache(model.config, len(rows), max(shared) + max(len(row.ids) - shared[owner]
+                                                              for row, owner in zip(rows, owners)))
+    each.append_rows(once, owners, 0)
+    each.lengths = once.lengths[torch.tensor(owners, device=device)]
+    return score_batch(model, rows, [shared[owner] for owner in owners], device, each)
 
 # %%
 def row_losses(model, row):
@@ -480,22 +552,28 @@ for axis, label, number in zip(axes, ("world_kin_mc", "world_schema", "world_fac
 LOGITS = 2**28  # at most so many logits at once: 1 GiB in float32
 
 
-def evaluate_task(model: Any, tokenizer: Any, device: Any, task: CoreTask, max_per_task: int = -1) -> float:
-    """Accuracy (0 … 1) on a task; several processes share its questions and all get the result."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    items = read_items(task, max_per_task)
-    mine = range(rank, len(items), world_size)
+def tokenize(task: CoreTask, items: list[dict], mine: Iterable[int], tokenizer: Any, model: Any) -> list[list[Row]]:
+    """The rows of each question of `mine` (indices into items), none longer than the model can read."""
     prompts = [prompts_of(task, items[index], examples_for(items, index, task.shots)) for index in mine]
     encoded = iter(tokenizer.encode([text for texts in prompts for text in texts],
                                     prepend=tokenizer.get_bos_token_id()))
     rotary = getattr(model, "cos", None)  # its length is the longest input a model can take
     limit = None if rotary is None else len(rotary) + 1
-    rows = [rows_of(task.kind, [next(encoded) for _ in texts], limit) for texts in prompts]
-    budget = min(2**14, LOGITS // tokenizer.get_vocab_size())
-    scores = iter(score_rows(model, [row for group in rows for row in group], device, budget))
+    return [rows_of(task.kind, [next(encoded) for _ in texts], limit) for texts in prompts]
+
+
+def evaluate_task(model: Any, tokenizer: Any, device: Any, task: CoreTask, max_per_task: int = -1) -> float:
+    """Accuracy (0 … 1) on a task; several processes share its questions and all get the result."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    items = read_items(task, max_per_task)
+    mine = range(rank, len(items), world_size)
+    rows = tokenize(task, items, mine, tokenizer, model)
+    budget = 2**12 if torch.device(device).type == "cpu" else 2**16
+    if not hasattr(model, "hidden"):  # it will give the logits of all tokens
+        budget = min(budget, LOGITS // tokenizer.get_vocab_size())
     correct = 0
-    for index, group in zip(mine, rows):
-        losses, right = zip(*(next(scores) for _ in group))
+    for index, scores in zip(mine, score_questions(model, rows, device, budget)):
+        losses, right = zip(*scores)
         correct += right[0] if task.kind == "language_modeling" else losses.index(min(losses)) == items[index]["gold"]
     total = torch.tensor(float(correct), device=device)
     return all_reduce_sum(total).item() / len(items)

@@ -1487,6 +1487,7 @@ def import_checkpoint(settings: ImportCheckpoint) -> None:
 #| export training
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1494,7 +1495,8 @@ from typing import Any
 import psutil
 import torch
 
-from nanochat_lib.common import NanochatError, all_reduce_sum, print0, write_aside
+from nanochat_lib.common import NanochatError, all_reduce_sum, compute_dtype, print0, write_aside
+
 
 def divide_batch(total: int, device_batch: int, seq_len: int, world_size: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches a step) for `total` tokens a step over all processes.
@@ -1626,6 +1628,18 @@ def last_good(directory: Path, before: float = math.inf) -> str:
             "and lower rates" if steps else "there is no checkpoint yet: start again with lower rates")
 
 
+def choose_dtype(device: torch.device, width: int) -> torch.dtype:
+    """The dtype of a run's activations: $NANOCHAT_DTYPE, or, on a CPU that multiplies bfloat16, that for a wide model.
+
+    Sets $NANOCHAT_DTYPE to it, so that all code of this process agrees. Narrow models gain next to nothing.
+    """
+    able = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+    if device.type == "cpu" and "NANOCHAT_DTYPE" not in os.environ and width >= 256 and any(able):
+        os.environ["NANOCHAT_DTYPE"] = "bfloat16"
+        print0("computing in bfloat16, which this CPU multiplies faster (NANOCHAT_DTYPE=float32: do not)")
+    return compute_dtype(device)
+
+
 def compiled(model: torch.nn.Module, batch: tuple, wanted: bool | None, flops: float) -> torch.nn.Module:
     """The model through torch.compile if wanted (None: if the run of so many FLOPs is long enough to pay for it).
 
@@ -1692,8 +1706,8 @@ from nanochat_lib.gpt import build_model
 from nanochat_lib.saver import Saver
 from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
 from nanochat_lib.tokenizer import Tokenizer
-from nanochat_lib.training import (LossScaler, LossWatch, accumulate, check_weights, compiled, divide_batch, set_rates,
-                                   trim_metrics)
+from nanochat_lib.training import (LossScaler, LossWatch, accumulate, check_weights, choose_dtype, compiled, divide_batch,
+                                   set_rates, trim_metrics)
 
 EVAL_TOKENS = 41943040     # 80 × 524,288
 CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
@@ -1832,14 +1846,15 @@ class Run:
     def build(self, meta: dict) -> None:
         """Model and optimizer, fresh or (if `meta` is not empty) of the checkpoint it belongs to."""
         settings, scale, device = self.settings, self.dial.learning_rate_scale, self.runtime.device
+        dtype = choose_dtype(device, self.dial.config.n_embd)
         self.orig_model = self.model = build_model(self.dial.config, device)
         if settings.fp8:
-            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {compute_dtype(device)}")
+            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {dtype}")
         self.optimizer = self.orig_model.setup_optimizer(
             unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
             matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale,
             weight_decay=self.dial.weight_decay)
-        self.scaler = LossScaler(compute_dtype(device), meta.get("scaler"))
+        self.scaler = LossScaler(dtype, meta.get("scaler"))
         self.watch = LossWatch(self.tokenizer.get_vocab_size(), meta.get("loop", {}).get("watch"))
         if meta:
             load_weights(self.orig_model, self.directory, self.step)
@@ -2232,6 +2247,347 @@ def base_eval(settings: BaseEval) -> None:
     write_result("base_eval", **result)
     if len(failures) == len(parts):
         raise NanochatError(f"nothing could be evaluated ({failures[0]})")
+
+# %% [markdown]
+# ## How fast?
+#
+# Faster than what? Than the same model written down plainly: autograd's gradients, all logits at once in float32,
+# windows as masks. One command measures us against it, each in processes of its own, in turns, medians:
+#
+# ```
+# python -m nanochat_lib.scripts.train_bench
+# ```
+
+# %%
+#| export plain
+"""The model of lesson 04 in plain eager PyTorch, float32: what the speed and memory of ours are measured against."""
+
+# %%
+#| export plain
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_lib.gpt import GPT, VALUE_CHANNELS, has_value_embedding, window_sizes
+from nanochat_lib.layers import SMEAR_CHANNELS
+
+
+def plain_loss(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss of a float32 model on idx and targets (B, T)."""
+    config, (B, T) = model.config, idx.shape
+    cos, sin = model.cos[None, :T, None], model.sin[None, :T, None]
+    distance = torch.arange(T, device=idx.device)[:, None] - torch.arange(T, device=idx.device)
+
+    def norm(x):
+        return F.rms_norm(x, (x.size(-1),))
+
+    def rotated(x):
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+    x = norm(model.transformer.wte(idx))
+    gate = torch.sigmoid(x[:, 1:, :SMEAR_CHANNELS] @ model.smear_gate.weight.T)
+    x = x0 = torch.cat((x[:, :1], x[:, 1:] + model.smear_lambda * gate * x[:, :-1]), dim=1)
+    for layer, (block, window) in enumerate(zip(model.transformer.h, window_sizes(config))):
+        attn, mlp = block.attn, block.mlp
+        x = model.resid_lambdas[layer] * x + model.x0_lambdas[layer] * x0
+        y = norm(x)
+        q, k, v = ((y @ part.weight.T).view(B, T, -1, config.head_dim) for part in (attn.c_q, attn.c_k, attn.c_v))
+        if has_value_embedding(layer, config.n_layer):
+            gate = 3 * torch.sigmoid(y[..., :VALUE_CHANNELS] @ attn.ve_gate.weight.T)
+            v = v + gate.unsqueeze(-1) * model.value_embeds[str(layer)](idx).view_as(v)
+        q, k, v = (part.transpose(1, 2) for part in (1.2 * norm(rotated(q)), 1.2 * norm(rotated(k)), v))
+        seen = (distance >= 0) & (distance <= window)
+        y = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        x = x + y.transpose(1, 2).flatten(2) @ attn.c_proj.weight.T
+        x = x + F.relu(norm(x) @ mlp.c_fc.weight.T).square() @ mlp.c_proj.weight.T
+        if layer == config.n_layer // 2:
+            halfway = x
+    x = norm(x - model.backout_lambda * halfway)
+    logits = 15 * torch.tanh(x @ model.lm_head.weight[:config.vocab_size].T / 15)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+# %%
+from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.plain import plain_loss
+
+_ = torch.manual_seed(0)
+small = build_model(GPTConfig(sequence_len=256, vocab_size=512, n_layer=4, n_head=2, n_kv_head=1, n_embd=64), "cpu")
+ids = torch.randint(0, 512, (2, 257))
+assert abs(plain_loss(small, ids[:, :-1], ids[:, 1:]).item() - small(ids[:, :-1], ids[:, 1:]).item()) < 1e-4
+
+# %%
+#| export scripts/train_bench
+"""How fast and lean training is, against plain code: step, memory, optimizer, loader, saving, CORE. Medians of turns.
+
+    python -m nanochat_lib.scripts.train_bench                    # all parts, in some minutes
+    python -m nanochat_lib.scripts.train_bench --parts step,loader --compile
+"""
+
+# %%
+#| export scripts/train_bench
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from nanochat_lib.budget import peak_flops
+from nanochat_lib.common import (NanochatError, Runtime, base_dir, peak_memory_bytes, pick_device, print0, run_cli,
+                                 write_json)
+from nanochat_lib.dataloader import BUFFER, BestFit
+from nanochat_lib.evaluation import read_bundle, read_items, tokenize
+from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
+from nanochat_lib.gpt import GPT, GPTConfig, build_model
+from nanochat_lib.plain import plain_loss
+from nanochat_lib.scoring import Row, score_questions
+from nanochat_lib.tokenizer import Tokenizer
+from nanochat_lib.training import choose_dtype, compiled
+
+PARTS = ("step", "loader", "saving", "core")
+WAYS = ("plain", "ours", "compiled", "L", "fp8")  # L: full windows in every layer
+
+
+@dataclass
+class TrainBench:
+    """What to measure; the model's sizes default to what suits the device."""
+
+    parts: str = ",".join(PARTS)  # separated by commas
+    depth: int = -1               # 4; on a GPU 12
+    max_seq_len: int = -1         # 512; on a GPU 2,048
+    device_batch_size: int = -1   # 8; on a GPU 32
+    vocab_size: int = 32768
+    steps: int = 4                # of a turn, the first not counted
+    repeats: int = 3              # turns; each runs every contestant in a process of its own
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # on a CPU, too: a minute more for each turn
+    device_type: str = ""
+    way: str = ""                 # used by the command itself: be one contestant, answer in JSON
+
+
+def sized(settings: TrainBench) -> tuple[torch.device, GPTConfig, int]:
+    """(device, model, rows of a batch) that the settings mean."""
+    device = torch.device(pick_device(settings.device_type))
+    depth, context, rows = (12, 2048, 32) if device.type == "cuda" else (4, 512, 8)
+    depth, context, rows = (given if given > 0 else usual for given, usual in zip(
+        (settings.depth, settings.max_seq_len, settings.device_batch_size), (depth, context, rows)))
+    heads = -(-depth * 64 // 128)
+    pattern = "L" if settings.way == "L" else "SSSL"
+    return device, GPTConfig(context, settings.vocab_size, depth, heads, heads, heads * 128, pattern), rows
+
+
+# %%
+#| export scripts/train_bench
+def be_contestant(settings: TrainBench) -> dict:
+    """Train for some steps, one way: seconds of each step and of its optimizer, peak memory, loss, dtype."""
+    device, config, rows = sized(settings)
+    dtype = torch.float32 if settings.way == "plain" else choose_dtype(device, config.n_embd)
+    torch.manual_seed(0)
+    model = build_model(config, device)
+    optimizer = model.setup_optimizer(matrix_lr=0.002, embedding_lr=0.03, unembedding_lr=0.0008)
+    ids = torch.randint(0, config.vocab_size, (rows, config.sequence_len + 1), device=device)
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    if settings.way == "fp8":
+        convert_to_fp8(model)
+    run = compiled(model, batch, settings.way in ("compiled", "L", "fp8"), 0.0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    whole, share = [], []
+    for _ in range(settings.steps):
+        wait()
+        begin = time.perf_counter()
+        loss = plain_loss(model, *batch) if settings.way == "plain" else run(*batch)
+        loss.backward()
+        wait()
+        middle = time.perf_counter()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        wait()
+        whole.append(time.perf_counter() - begin)
+        share.append((time.perf_counter() - middle) / whole[-1])
+    return {"seconds": whole[1:], "optimizer": share[1:], "peak": peak_memory_bytes(device), "loss": loss.item(),
+            "dtype": str(dtype).removeprefix("torch."), "flops": model.estimate_flops(), "tokens": ids[:, 1:].numel()}
+
+
+def ask_contestant(settings: TrainBench, way: str) -> dict:
+    """The same in a fresh process, so that memory is its own."""
+    flags = [f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in
+             ("depth", "max_seq_len", "device_batch_size", "vocab_size", "steps", "device_type")]
+    done = subprocess.run([sys.executable, "-m", "nanochat_lib.scripts.train_bench", f"--way={way}", *flags],
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise NanochatError(f"contestant {way} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_step(settings: TrainBench) -> list[dict]:
+    """Tokens per second, peak memory and the optimizer's share: ours against plain."""
+    device, config, rows = sized(settings)
+    ways = ["plain", "ours", *["compiled"] * (settings.compile or device.type == "cuda")]
+    if device.type == "cuda":
+        ways += ["L", *["fp8"] * (not lacks_fp8(device))]
+    turns: dict[str, list[dict]] = {way: [] for way in ways}
+    for _ in range(settings.repeats):
+        for way in ways:
+            turns[way].append(ask_contestant(settings, way))
+    middle = {way: {name: statistics.median(value for turn in found for value in turn[name])
+                    for name in ("seconds", "optimizer")} for way, found in turns.items()}
+    for way, found in turns.items():
+        speed = found[0]["tokens"] / middle[way]["seconds"]
+        print0(f"  {way:9} {speed:9,.0f} tokens/s, optimizer {middle[way]['optimizer']:.1%}, peak "
+               f"{found[0]['peak'] / 2**20:,.0f} MiB, {found[0]['dtype']}, loss {found[0]['loss']:.3f}"
+               f"{mfu(device, found[0]['flops'] * speed)}")
+    best = "compiled" if "compiled" in ways else "ours"
+    gain = middle["plain"]["seconds"] / middle[best]["seconds"]
+    rest = [row("full windows against SSSL, seconds", middle["L"]["seconds"] / middle[best]["seconds"], "≥ 1")] \
+        if "L" in ways else []
+    return [row("step: tokens/s against plain", gain, "≥ 1.6"),
+            row("step: peak memory against plain", turns[best][0]["peak"] / turns["plain"][0]["peak"], "≤ 0.6"),
+            row("step: the optimizer's share", middle[best]["optimizer"], "≤ 0.06"), *rest]
+
+
+def mfu(device: torch.device, flops: float) -> str:
+    """The part of the chip's peak that `flops` per second are, in words; "" where the peak is unknown."""
+    peak = peak_flops(device)
+    return f", MFU {flops / peak:.1%}" if peak else ""
+
+
+def row(name: str, value: float, target: str) -> dict:
+    return {"what": name, "value": round(value, 4), "target": target}
+
+# %%
+#| export scripts/train_bench
+def turns_of(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each contestant, run in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class Linear(list):
+    """A buffer of documents that is searched from end to end."""
+
+    add = list.append
+
+    def take(self, room: int) -> range:
+        fitting = [place for place, document in enumerate(self) if len(document) <= room]
+        choose = max if fitting else min
+        return self.pop(choose(fitting or range(len(self)), key=lambda place: len(self[place])))
+
+
+def bench_loader(settings: TrainBench) -> list[dict]:
+    """Rows packed per second, from a buffer of 1,000 documents: bisection against a linear search."""
+    dice = random.Random(0)
+    lengths = [min(int(dice.lognormvariate(6, 1)) + 1, 10000) for _ in range(5000)]  # tokens; half are under 400
+
+    def pack(buffer, rows: int = 100, row_length: int = 2049) -> None:
+        stream = iter(lengths * 9)
+        for _ in range(rows):
+            room = row_length
+            while room > 0:
+                while len(buffer) < BUFFER:
+                    buffer.add(range(next(stream)))
+                room -= len(buffer.take(room))
+
+    seconds = turns_of({"best fit": lambda: pack(BestFit()), "linear": lambda: pack(Linear())}, settings.repeats)
+    print0(f"  loader    {100 / seconds['best fit']:9,.0f} rows/s, linear search {100 / seconds['linear']:,.0f}")
+    return [row("loader: rows/s against a linear search", seconds["linear"] / seconds["best fit"], "≥ 5")]
+
+
+def bench_saving(settings: TrainBench) -> list[dict]:
+    """Seconds that training is stopped by a save, of the seconds that saving takes."""
+    from nanochat_lib.saver import Saver
+
+    device, config, rows = sized(settings)
+    model = build_model(config, device)
+    optimizer, ids = model.setup_optimizer(), torch.zeros(rows, config.sequence_len + 1, dtype=torch.long, device=device)
+    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), model, optimizer, Runtime(device), keep=1) as saver:
+        for step in range(2 * settings.repeats):
+            if step % 2 == 0:
+                saver.save(step, {})
+            model(ids[:, :-1], ids[:, 1:]).backward()
+            saver.before_step()
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+        saver.wait()
+        print0(f"  saving    {saver.saving / settings.repeats:9.2f} s each, training stopped for {saver.stopped:.3f} s in all")
+        return [row("saving: training stopped, of its time", saver.stopped / saver.saving, "≤ 0.05")]
+
+
+@torch.no_grad()
+def one_by_one(model: GPT, question: list[Row], device: torch.device) -> list[float]:
+    """The mean loss of each row of a question, plainly: its rows as a batch, logits of every token."""
+    width = max(len(row.ids) for row in question)
+    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in question], device=device)
+    losses = F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+    return [losses[place, row.start - 1:row.end - 1].mean().item() for place, row in enumerate(question)]
+
+
+def bench_core(settings: TrainBench) -> list[dict]:
+    """Examples of CORE per second: in batches, what rows share read once, against one by one."""
+    from nanochat_lib.world_facts import World
+    from nanochat_lib.world_tasks import write_bundle
+    from nanochat_lib.world_text import documents
+
+    device, config, _ = sized(settings)
+    torch.manual_seed(0)
+    model, world, questions = build_model(config, device).eval(), World(1), []
+    tokenizer = Tokenizer.train_from_iterator(documents(world, 1000), 1024)
+    with tempfile.TemporaryDirectory() as folder:
+        write_bundle(world, Path(folder))
+        for task in read_bundle(Path(folder)):
+            items = read_items(task, 8)
+            questions += tokenize(task._replace(shots=10), items, range(len(items)), tokenizer, model)
+    found = {}
+    budget = 2**12 if device.type == "cpu" else 2**16
+
+    def batched() -> None:
+        found["batched"] = [loss for scores in score_questions(model, questions, device, budget) for loss, _ in scores]
+
+    def alone() -> None:
+        found["alone"] = [loss for question in questions for loss in one_by_one(model, question, device)]
+
+    seconds = turns_of({"batched": batched, "alone": alone}, settings.repeats)
+    apart = max(abs(a - b) for a, b in zip(found["batched"], found["alone"]))
+    print0(f"  CORE      {len(questions) / seconds['batched']:9,.1f} examples/s, one by one "
+           f"{len(questions) / seconds['alone']:,.1f}; losses differ by at most {apart:.0e} nats")
+    return [row("CORE: examples/s against one by one", seconds["alone"] / seconds["batched"], "≥ 3")]
+
+# %%
+#| export scripts/train_bench
+#| cli train_bench
+def train_bench(settings: TrainBench) -> None:
+    """Measure training against plain code; prints a table and keeps it in report/train_bench.json."""
+    if settings.way:
+        with redirect_stdout(sys.stderr):
+            result = be_contestant(settings)
+        return print(json.dumps(result))
+    parts = [part.strip() for part in settings.parts.split(",") if part.strip()]
+    if not parts or set(parts) - set(PARTS):
+        raise NanochatError(f"--parts {settings.parts!r} is unknown: choose from {', '.join(PARTS)}, separated by commas")
+    device, config, rows = sized(settings)
+    print0(f"{device.type}, {torch.get_num_threads()} threads; depth {config.n_layer}, width {config.n_embd}, context "
+           f"{config.sequence_len}, batch {rows}, vocabulary {config.vocab_size}")
+    benches = {"step": bench_step, "loader": bench_loader, "saving": bench_saving, "core": bench_core}
+    table = [found for part in parts for found in benches[part](settings)]
+    for found in table:
+        print0(f"{found['what']:42} {found['value']:8.3f}   target {found['target']}")
+    write_json(base_dir() / "report" / "train_bench.json", table)
 
 # %% [markdown]
 # ## Exercises

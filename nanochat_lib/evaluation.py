@@ -12,17 +12,17 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
 from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0, write_aside
+from nanochat_lib.scoring import Row, rows_of, score_questions
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # the tasks of DCLM
 
@@ -169,79 +169,17 @@ def prompts_of(task: CoreTask, item: dict, examples: list[dict]) -> list[str]:
     return [asked.strip(), asked + item["continuation"]]  # a blank at the end would belong to the answer's first token
 
 
-class Row(NamedTuple):
-    """One sequence to score: how likely are tokens start … end − 1, given those before?"""
-
-    ids: list[int]
-    start: int
-    end: int
-
-
-def common_prefix(rows: list[list[int]]) -> int:
-    """The number of tokens that all rows begin with."""
-    length = 0
-    for column in zip(*rows):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return length
-
-
-def rows_of(kind: str, rows: list[list[int]], limit: int | None = None) -> list[Row]:
-    """What is scored in the tokens of a question's prompts; rows over `limit` tokens lose their beginning."""
-    shortest = min(map(len, rows))
-    if kind == "schema":  # contexts differ, the continuation is shared
-        shared = min(common_prefix([ids[::-1] for ids in rows]), shortest - 1)
-        scored = [Row(ids, len(ids) - shared, len(ids)) for ids in rows]
-    elif kind == "multiple_choice":  # the context is shared, choices differ
-        start = min(common_prefix(rows), shortest - 1)
-        scored = [Row(ids, start, len(ids)) for ids in rows]
-    else:
-        scored = [Row(rows[1], min(common_prefix(rows), len(rows[1]) - 1), len(rows[1]))]
-    return [crop(row, limit) for row in scored]
-
-
-def crop(row: Row, limit: int | None) -> Row:
-    """The row without its first tokens, so that it has at most `limit`."""
-    over = len(row.ids) - limit if limit else 0
-    return row if over <= 0 else Row(row.ids[over:], max(row.start - over, 1), limit)
-
-
-def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows in batches of like length, the longest first, each of at most `budget` tokens with padding."""
-    batch = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def score_rows(model: Any, rows: list[Row], device: Any, budget: int) -> list[tuple[float, bool]]:
-    """For each row the mean loss (nats) of its scored tokens, and whether each was the model's first guess."""
-    scores: list[Any] = [None] * len(rows)
-    for batch in length_batches([len(row.ids) for row in rows], budget):
-        width = max(len(rows[index].ids) for index in batch) - 1
-        inputs = torch.zeros(len(batch), width, dtype=torch.long)
-        targets = torch.full_like(inputs, -1)  # -1: not scored
-        for place, index in enumerate(batch):
-            ids, start, end = rows[index]
-            inputs[place, :len(ids) - 1] = torch.tensor(ids[:-1])  # padded on the right, where no earlier token looks
-            targets[place, start - 1:end - 1] = torch.tensor(ids[start:end])
-        inputs, targets = inputs.to(device), targets.to(device)
-        logits, wanted = model(inputs)[targets >= 0], targets[targets >= 0]  # (scored, vocab), (scored,)
-        losses = F.cross_entropy(logits.float(), wanted, reduction="none").cpu()
-        right = (logits.argmax(-1) == wanted).cpu()
-        spans = [rows[index].end - rows[index].start for index in batch]
-        for index, loss, hits in zip(batch, losses.split(spans), right.split(spans)):
-            scores[index] = (loss.mean().item(), bool(hits.all()))
-    return scores
-
-
 LOGITS = 2**28  # at most so many logits at once: 1 GiB in float32
+
+
+def tokenize(task: CoreTask, items: list[dict], mine: Iterable[int], tokenizer: Any, model: Any) -> list[list[Row]]:
+    """The rows of each question of `mine` (indices into items), none longer than the model can read."""
+    prompts = [prompts_of(task, items[index], examples_for(items, index, task.shots)) for index in mine]
+    encoded = iter(tokenizer.encode([text for texts in prompts for text in texts],
+                                    prepend=tokenizer.get_bos_token_id()))
+    rotary = getattr(model, "cos", None)  # its length is the longest input a model can take
+    limit = None if rotary is None else len(rotary) + 1
+    return [rows_of(task.kind, [next(encoded) for _ in texts], limit) for texts in prompts]
 
 
 def evaluate_task(model: Any, tokenizer: Any, device: Any, task: CoreTask, max_per_task: int = -1) -> float:
@@ -249,17 +187,13 @@ def evaluate_task(model: Any, tokenizer: Any, device: Any, task: CoreTask, max_p
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     items = read_items(task, max_per_task)
     mine = range(rank, len(items), world_size)
-    prompts = [prompts_of(task, items[index], examples_for(items, index, task.shots)) for index in mine]
-    encoded = iter(tokenizer.encode([text for texts in prompts for text in texts],
-                                    prepend=tokenizer.get_bos_token_id()))
-    rotary = getattr(model, "cos", None)  # its length is the longest input a model can take
-    limit = None if rotary is None else len(rotary) + 1
-    rows = [rows_of(task.kind, [next(encoded) for _ in texts], limit) for texts in prompts]
-    budget = min(2**14, LOGITS // tokenizer.get_vocab_size())
-    scores = iter(score_rows(model, [row for group in rows for row in group], device, budget))
+    rows = tokenize(task, items, mine, tokenizer, model)
+    budget = 2**12 if torch.device(device).type == "cpu" else 2**16
+    if not hasattr(model, "hidden"):  # it will give the logits of all tokens
+        budget = min(budget, LOGITS // tokenizer.get_vocab_size())
     correct = 0
-    for index, group in zip(mine, rows):
-        losses, right = zip(*(next(scores) for _ in group))
+    for index, scores in zip(mine, score_questions(model, rows, device, budget)):
+        losses, right = zip(*scores)
         correct += right[0] if task.kind == "language_modeling" else losses.index(min(losses)) == items[index]["gold"]
     total = torch.tensor(float(correct), device=device)
     return all_reduce_sum(total).item() / len(items)

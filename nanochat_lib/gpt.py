@@ -156,9 +156,13 @@ class GPT(nn.Module):
         x = self.hidden(idx, kv_cache)
         weight = self.lm_head.weight[:self.config.vocab_size].to(x.dtype)  # without the padding
         if targets is None:
-            return softcap(F.linear(x, weight))
+            return self.logits(x)
         losses = softcap_cross_entropy(x.flatten(0, 1), weight, targets.flatten()).view_as(targets)
         return reduce_losses(losses, targets, loss_reduction)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` gave, (…, C) → logits (…, vocab_size) float32."""
+        return softcap(F.linear(x, self.lm_head.weight[:self.config.vocab_size].to(x.dtype)))  # without the padding
 
     def hidden(self, idx: Tensor, kv_cache: Any = None) -> Tensor:
         """The normed residual stream (B, T, C) that lm_head reads."""

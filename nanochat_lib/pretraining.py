@@ -20,8 +20,8 @@ from nanochat_lib.gpt import build_model
 from nanochat_lib.saver import Saver
 from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
 from nanochat_lib.tokenizer import Tokenizer
-from nanochat_lib.training import (LossScaler, LossWatch, accumulate, check_weights, compiled, divide_batch, set_rates,
-                                   trim_metrics)
+from nanochat_lib.training import (LossScaler, LossWatch, accumulate, check_weights, choose_dtype, compiled, divide_batch,
+                                   set_rates, trim_metrics)
 
 EVAL_TOKENS = 41943040     # 80 × 524,288
 CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
@@ -154,14 +154,15 @@ class Run:
     def build(self, meta: dict) -> None:
         """Model and optimizer, fresh or (if `meta` is not empty) of the checkpoint it belongs to."""
         settings, scale, device = self.settings, self.dial.learning_rate_scale, self.runtime.device
+        dtype = choose_dtype(device, self.dial.config.n_embd)
         self.orig_model = self.model = build_model(self.dial.config, device)
         if settings.fp8:
-            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {compute_dtype(device)}")
+            print0(f"FP8: {len(convert_to_fp8(self.orig_model))} matrices, evaluations in {dtype}")
         self.optimizer = self.orig_model.setup_optimizer(
             unembedding_lr=settings.unembedding_lr * scale, embedding_lr=settings.embedding_lr * scale,
             matrix_lr=settings.matrix_lr * scale, scalar_lr=settings.scalar_lr * scale,
             weight_decay=self.dial.weight_decay)
-        self.scaler = LossScaler(compute_dtype(device), meta.get("scaler"))
+        self.scaler = LossScaler(dtype, meta.get("scaler"))
         self.watch = LossWatch(self.tokenizer.get_vocab_size(), meta.get("loop", {}).get("watch"))
         if meta:
             load_weights(self.orig_model, self.directory, self.step)

@@ -4,6 +4,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from nanochat_lib.common import NanochatError, all_reduce_sum, print0, write_aside
+from nanochat_lib.common import NanochatError, all_reduce_sum, compute_dtype, print0, write_aside
+
 
 def divide_batch(total: int, device_batch: int, seq_len: int, world_size: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches a step) for `total` tokens a step over all processes.
@@ -134,6 +136,18 @@ def last_good(directory: Path, before: float = math.inf) -> str:
     steps = [step for step in steps if step <= before]
     return (f"last good checkpoint: step {steps[-1]} in {directory}; go on with --resume-from-step={steps[-1]} "
             "and lower rates" if steps else "there is no checkpoint yet: start again with lower rates")
+
+
+def choose_dtype(device: torch.device, width: int) -> torch.dtype:
+    """The dtype of a run's activations: $NANOCHAT_DTYPE, or, on a CPU that multiplies bfloat16, that for a wide model.
+
+    Sets $NANOCHAT_DTYPE to it, so that all code of this process agrees. Narrow models gain next to nothing.
+    """
+    able = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
+    if device.type == "cpu" and "NANOCHAT_DTYPE" not in os.environ and width >= 256 and any(able):
+        os.environ["NANOCHAT_DTYPE"] = "bfloat16"
+        print0("computing in bfloat16, which this CPU multiplies faster (NANOCHAT_DTYPE=float32: do not)")
+    return compute_dtype(device)
 
 
 def compiled(model: torch.nn.Module, batch: tuple, wanted: bool | None, flops: float) -> torch.nn.Module:

@@ -15,8 +15,9 @@ import yaml
 
 from nanochat_lib import evaluation
 from nanochat_lib.common import NanochatError
-from nanochat_lib.evaluation import (Row, bits_per_byte, crop, evaluate_bpb, evaluate_core, examples_for, find_bundle,
-                                     length_batches, prompts_of, read_bundle, read_items, rows_of, score_rows)
+from nanochat_lib.evaluation import (bits_per_byte, evaluate_bpb, evaluate_core, examples_for, find_bundle, prompts_of,
+                                     read_bundle, read_items)
+from nanochat_lib.scoring import Row, crop, length_batches, rows_of, score_questions, score_rows
 from nanochat_lib.world_facts import World
 from nanochat_lib.world_tasks import write_bundle
 
@@ -212,6 +213,27 @@ def test_a_real_model_scores_rows_alike_in_any_batches(make_model, tokenizer, wo
     assert [hit for _, hit in alone] == [hit for _, hit in together]
     torch.testing.assert_close(torch.tensor([a for a, _ in alone]), torch.tensor([b for b, _ in together]),
                                rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_questions_rows_share_is_read_once_and_scored_alike(make_model, tokenizer, world_bundle):
+    model = make_model(sequence_len=300, window_pattern="SSL")
+    questions = []
+    for task in read_bundle(world_bundle):
+        items = read_items(task, 6)
+        for index, item in enumerate(items):
+            prompts = prompts_of(task, item, examples_for(items, index, 2))
+            questions.append(rows_of(task.kind, [tokenizer.encode(text, prepend="<|bos|>") for text in prompts], 250))
+    seen = []
+    real = model.hidden
+    model.hidden = lambda ids, kv_cache=None: seen.append(ids.numel()) or real(ids, kv_cache)
+    apart = [score_rows(model, rows, "cpu", 1) for rows in questions]
+    read_apart, seen[:] = sum(seen), []
+    together = score_questions(model, questions, "cpu", 2000)
+    del model.hidden
+    assert sum(seen) < 0.6 * read_apart
+    for rows_apart, rows_together in zip(apart, together):
+        assert [hit for _, hit in rows_apart] == [hit for _, hit in rows_together]
+        assert [loss for loss, _ in rows_apart] == pytest.approx([loss for loss, _ in rows_together], abs=1e-4)
 
 
 def test_a_model_that_knows_the_answers_scores_one(world_bundle, tokenizer):

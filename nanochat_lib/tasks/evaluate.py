@@ -12,7 +12,7 @@ from nanochat_lib.batch import Completion
 from nanochat_lib.checkpoint import gather
 from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.engine import Engine
-from nanochat_lib.evaluation import Row, score_rows
+from nanochat_lib.scoring import Row, score_rows
 from nanochat_lib.tasks.common import Task
 
 
