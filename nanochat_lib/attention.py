@@ -36,8 +36,8 @@ def wanted() -> str:
     return name
 
 
-def lacks(way: str, device: str, head_dim: int) -> str:
-    """Why `way` ("flex" or "triton") cannot serve such heads on a "cpu", "cuda" or "mps" device; "" if it can."""
+def lacks(way: str, device: str, usual: bool) -> str:
+    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; `usual`: its heads; "" if it can."""
     if way in FAILED:
         return "it failed before"
     if not HAVE_TRITON:
@@ -45,19 +45,19 @@ def lacks(way: str, device: str, head_dim: int) -> str:
     on_ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if not on_ampere and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
         return "it needs a CUDA GPU of compute capability 8.0 or later"
-    if head_dim not in HEAD_DIMS:
-        return f"head dimension {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    if not usual:
+        return f"the head dimension is none of {', '.join(map(str, HEAD_DIMS))}"
     return ""
 
 
 @torch.compiler.assume_constant_result
-def choose(device: str, dtype: torch.dtype, head_dim: int, full: bool, short: bool, compiling: bool) -> str:
-    """The way for one layer; `full`: no key is hidden by the window; `short`: the text is no longer than two windows."""
+def choose(device: str, dtype: torch.dtype, usual: bool, full: bool, short: bool, compiling: bool) -> str:
+    """The way for one layer. `usual`: its head dimension; `full`: the window hides no key; `short`: T ≤ two windows."""
     want = wanted()
     if want == "reference":
         return want
     if want in ("flex", "triton"):
-        if not (reason := lacks(want, device, head_dim)):
+        if not (reason := lacks(want, device, usual)):
             return want
         notice(f"{want} not used: {reason}")
     if full:
@@ -67,10 +67,15 @@ def choose(device: str, dtype: torch.dtype, head_dim: int, full: bool, short: bo
         return "blocks" if plain or short else "band"
     if device == "cuda" and not want:
         for way in ("triton", "flex"):
-            if not (reason := lacks(way, device, head_dim)):
+            if not (reason := lacks(way, device, usual)):
                 return way
         notice(f"windows are a mask here, which saves no time: {reason}")
     return "sdpa"
+
+
+def yes(condition: bool) -> bool:
+    """The condition as a constant: a compiler that leaves T open settles it here."""
+    return True if condition else False
 
 
 def backend(q: torch.Tensor, window: int | None = None) -> str:
@@ -79,9 +84,10 @@ def backend(q: torch.Tensor, window: int | None = None) -> str:
     "reference", "sdpa" (full layers, or a mask), "blocks" or "band" (windows on a CPU), "flex" or "triton".
     """
     T = q.size(1)
-    full = bool(window is None or window >= T - 1)
-    short = bool(not full and T <= 2 * window)
-    return choose(q.device.type, q.dtype, q.size(3), full, short, torch.compiler.is_compiling())
+    full = yes(window is None or window >= T - 1)
+    short = yes(not full and T <= 2 * window)
+    usual = yes(q.size(3) in HEAD_DIMS)
+    return choose(q.device.type, q.dtype, usual, full, short, torch.compiler.is_compiling())
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -150,12 +156,12 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None =
 
 
 @torch.compiler.assume_constant_result
-def decoding_backend(device: str, head_dim: int) -> str:
+def decoding_backend(device: str, usual: bool) -> str:
     """The way `cached_attention` takes: "reference", "sdpa", or "triton", our kernel, the default on CUDA."""
     want = wanted()
     if want not in ("", "triton") or (not want and device != "cuda"):
         return "reference" if want == "reference" else "sdpa"
-    if reason := lacks("triton", device, head_dim):
+    if reason := lacks("triton", device, usual):
         notice(f"triton not used for decoding: {reason}")
     return "sdpa" if reason else "triton"
 
@@ -179,7 +185,7 @@ def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     T = q.size(1)
     if T > 1 and not lengths.any():  # a fresh prompt: plain causal attention
         return attention(q, k[:, :T], v[:, :T], window)
-    way = decoding_backend(q.device.type, q.size(3))
+    way = decoding_backend(q.device.type, yes(q.size(3) in HEAD_DIMS))
     if way == "reference":
         return reference_attention(q, k, v, window, lengths)
     if way == "triton":

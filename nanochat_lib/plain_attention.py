@@ -34,7 +34,7 @@ def reference_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windo
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """PyTorch's fused attention in our layout; without a mask it is causal."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.size(1) != k.size(1)
+    grouped = True if q.size(1) != k.size(1) else False  # a constant, even for a compiler that leaves sizes open
     if grouped and q.device.type == "mps":  # no grouped queries there
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         grouped = False

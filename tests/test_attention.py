@@ -168,6 +168,65 @@ def test_torch_compile_takes_flex_whole(monkeypatch):
     assert not module.FAILED
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("override,window,lines", [("", 5, 0), ("triton", 5, 1), ("triton", None, 1), ("reference", 5, 0)])
+def test_choice_while_compiling(monkeypatch, capsys, override, window, lines, dynamic):
+    """The choice, and what it has to say, are no break in the graph."""
+    monkeypatch.setenv(ATTENTION, override)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    module.notice.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, window), backend="eager", fullgraph=True, dynamic=dynamic)
+    for T in (20, 24):
+        q, k, v = inputs(1, T, 2, 1, 32)
+        close(compiled(q, k, v), slow(q, k, v, window)[0], 1e-5)
+    assert capsys.readouterr().err.count("attention: ") == lines
+
+
+CUDA = dict(device="cuda", dtype=torch.bfloat16, usual=True, full=False, short=False, compiling=False)
+
+
+@pytest.mark.parametrize("facts,lack,way,says", [
+    ({}, "", "triton", ""), (dict(compiling=True), "", "triton", ""), (dict(dtype=torch.float32), "", "triton", ""),
+    (dict(full=True), "", "sdpa", ""), (dict(device="mps"), "", "sdpa", ""),
+    (dict(usual=False), "", "sdpa", "head dimension is none of 32, 64, 128, 256"),
+    ({}, "triton", "sdpa", "Triton is not installed"), ({}, "ampere", "sdpa", "compute capability 8.0"),
+    ({}, "failed triton", "flex", ""), ({}, "failed both", "sdpa", "it failed before")])
+def test_choice_on_other_devices(monkeypatch, capsys, facts, lack, way, says):
+    monkeypatch.setattr(module, "FAILED", {"failed triton": {"triton"}, "failed both": {"triton", "flex"}}.get(lack, set()))
+    monkeypatch.setattr(module, "HAVE_TRITON", lack != "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5) if lack == "ampere" else (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    module.notice.cache_clear()
+    for _ in range(3):
+        assert module.choose(**CUDA | facts) == way
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == bool(says)
+    decoding = "triton" if way == "triton" or facts.get("full") else "sdpa"
+    assert module.decoding_backend((CUDA | facts)["device"], (CUDA | facts)["usual"]) == decoding
+
+
+def test_decoding_kernel_that_cannot(monkeypatch, capsys):
+    """A shape it does not take: this call goes another way; anything else: all do, and one line says why."""
+    q, k, v = inputs(1, 40, 2, 1, 32)
+    token, lengths = q[:, 30:31], torch.tensor([30])
+    monkeypatch.setattr(module, "FAILED", set())
+    monkeypatch.setattr(module, "decoding_backend", lambda *_: "triton")
+    monkeypatch.setattr(module, "decode", lambda *_: (_ for _ in ()).throw(ValueError("heads of 32")))
+    expected = slow(q, k, v, 9)[0][:, 30:31]
+    close(cached_attention(token, k, v, lengths, 9), expected, 1e-5)
+    assert not module.FAILED and not capsys.readouterr().err
+    monkeypatch.setattr(module, "decode", lambda *_: 1 / 0)
+    module.notice.cache_clear()
+    close(cached_attention(token, k, v, lengths, 9), expected, 1e-5)
+    assert module.FAILED == {"triton"} and "going on with sdpa: division by zero" in capsys.readouterr().err
+    for name, way in (("sdpa", "sdpa"), ("flex", "sdpa"), ("reference", "reference"), ("triton", "triton"), ("", "triton")):
+        monkeypatch.undo()
+        monkeypatch.setenv(ATTENTION, name)
+        monkeypatch.setattr(module, "lacks", lambda *_: "")
+        assert module.decoding_backend("cuda", True) == way
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_cache_against_full_attention(data):
