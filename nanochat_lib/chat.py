@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,28 +29,47 @@ class Piece:
 
 
 class AnswerReader:
-    """Turns the tokens of one answer into pieces as they come; `parts` is all of it: [{"type": kind, "text": …}, …]."""
+    """Turns the tokens of one answer into pieces as they come; `parts` is all of it: [{"type": kind, "text": …}, …].
 
-    def __init__(self, tokenizer: Tokenizer):
+    A string of `stop` ends the text before it: `ended` is then true, and no more is read.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         special = tokenizer.encode_special
         self.kind_after = {special("<|python_start|>"): "python", special("<|python_end|>"): "text",
                            special("<|output_start|>"): "python_output", special("<|output_end|>"): "text"}
         self.speller = Speller(tokenizer)  # a character may be spread over several tokens
         self.parts: list[dict[str, str]] = []
         self.kind, self.new_part = "text", True
+        self.stop, self.held, self.ended = stop, "", False
 
     def read(self, token: int, last: bool = False) -> Piece | None:
         """Take one token; returns what became readable, if anything."""
-        text, piece = self.speller.read(token, last), None
+        if self.ended:
+            return None
+        text, piece, change = self.speller.read(token, last), None, self.kind_after.get(token)
+        if self.stop and self.kind == "text":
+            text = self.hold_back(self.held + text, everything=last or change is not None)
         if text:
             if self.new_part:
                 self.parts.append({"type": self.kind, "text": ""})
                 self.new_part = False
             self.parts[-1]["text"] += text
             piece = Piece(self.kind, text, len(self.parts) - 1)
-        if token in self.kind_after:
-            self.kind, self.new_part = self.kind_after[token], True
+        if change:
+            self.kind, self.new_part = change, True
         return piece
+
+    def hold_back(self, text: str, everything: bool) -> str:
+        """The text up to a stop string, or up to what may become one; with `everything` nothing more will come."""
+        self.held, found = "", [text.find(stop) for stop in self.stop if stop in text]
+        if found:
+            self.ended = True
+            return text[:min(found)]
+        if not everything:
+            begun = [size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])]
+            self.held = text[len(text) - max(begun, default=0):]
+        return text[:len(text) - len(self.held)]
 
 
 CHAT_STAGES = ("rl", "sft", "base")  # best first
@@ -117,6 +136,7 @@ class Sampling:
     max_tokens: int = 512
     seed: int | None = None  # None: another answer each time
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # strings that end the answer before them
 
     def settings(self) -> dict[str, Any]:
         """As the engine takes them."""
@@ -131,11 +151,12 @@ class Answer:
     Raises NanochatError if the conversation leaves no room in the context.
     """
 
-    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling):
-        self.model, self.sampling = model, sampling
+    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling, top: int = 0):
+        self.model, self.sampling, self.top = model, sampling, top  # `top` likeliest tokens are noted at each place
         self.prompt = model.prompt(messages)
-        self.reader = AnswerReader(model.tokenizer)
-        self.tokens, self.started, self.seconds = 0, time.perf_counter(), 0.0
+        self.reader = AnswerReader(model.tokenizer, sampling.stop)
+        self.said: list[tuple[str, Token]] = []  # each token with the kind of its part
+        self.started, self.seconds = time.perf_counter(), 0.0
         self.finish_reason = ""  # then "stop" (it ended), "length", "context" (no room left) or "stopped" (by the user)
         self.stopped = threading.Event()
         if len(self.prompt) >= model.context:
@@ -147,6 +168,10 @@ class Answer:
         self.stopped.set()
 
     @property
+    def tokens(self) -> int:
+        return len(self.said)
+
+    @property
     def content(self) -> str | list[dict]:
         """As a message's content: a plain string, or parts if the calculator was called."""
         parts = self.reader.parts
@@ -154,14 +179,18 @@ class Answer:
         return "".join(part["text"] for part in parts) if plain else parts
 
     def take(self, token: Token) -> Piece | None:
-        """Note the next token; returns what became readable."""
-        self.tokens += 1
+        """Note the next token; returns what became readable. A stop string stops the answer."""
+        self.said.append((self.reader.kind, token))
         self.seconds = time.perf_counter() - self.started
         self.finish_reason = token.finish_reason or ""
-        return self.reader.read(token.id, last=bool(token.finish_reason))
+        piece = self.reader.read(token.id, last=bool(token.finish_reason))
+        if self.reader.ended:
+            self.finish_reason = "stop"
+            self.stop()
+        return piece
 
     def __iter__(self) -> Iterator[Piece]:
-        tokens = self.model.engine.stream(self.prompt, **self.sampling.settings())
+        tokens = self.model.engine.stream(self.prompt, **self.sampling.settings(), top=self.top)
         with contextlib.closing(tokens):
             for token in tokens:
                 if self.stopped.is_set():
@@ -169,6 +198,8 @@ class Answer:
                     return
                 if piece := self.take(token):
                     yield piece
+                if self.reader.ended:
+                    return
 
 
 class ChatSession:
@@ -178,6 +209,7 @@ class ChatSession:
         self.model, self.sampling = model, sampling
         self.messages: list[dict] = []
         self.answer: Answer | None = None  # the one being written
+        self.answers: dict[int, Answer] = {}  # place of a message → the answer it is, to look inside
         self.forgotten = 0  # messages that the last prompt had no room for
         self.lock = threading.Lock()
 
@@ -207,6 +239,7 @@ class ChatSession:
             self.answer = answer = Answer(self.model, fitting, self.sampling)
             for piece in answer:
                 show(piece)
+            self.answers[len(self.messages)] = answer
             self.messages = [*self.messages, {"role": "assistant", "content": answer.content}]
             return answer
         except BaseException:
@@ -225,4 +258,10 @@ class ChatSession:
         """Forget the conversation (and end the answer being written)."""
         self.stop()
         with self.lock:
-            self.messages, self.forgotten = [], 0
+            self.messages, self.answers, self.forgotten = [], {}, 0
+
+    def change_model(self, model: ChatModel) -> None:
+        """Go on with another model; the conversation stays, but what was said before cannot be looked into any more."""
+        self.stop()
+        with self.lock:
+            self.model, self.answers = model, {}

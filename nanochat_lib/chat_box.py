@@ -10,28 +10,9 @@ from collections.abc import Callable
 import ipywidgets as widgets
 
 from nanochat_lib.chat import Answer, ChatModel, ChatSession, Sampling, list_models
-
-
-STYLES = {  # JupyterLab's own colours, so that the box follows its light and dark themes
-    "user": "margin: 6px 0 6px 15%; background: var(--jp-layout-color2, #eee)",
-    "assistant": "margin: 6px 15% 6px 0; background: var(--jp-layout-color1, #fff); "
-                 "border: 1px solid var(--jp-border-color2, #ccc)",
-    "error": "margin: 6px 0; background: var(--jp-error-color3, #fdd); color: var(--jp-error-color0, #900)",
-}
-TOOL = ("display: inline-block; padding: 0 6px; margin: 0 2px; border-radius: 4px; font-family: monospace; "
-        "background: var(--jp-layout-color3, #ddd)")
-BUBBLE = "padding: 6px 12px; border-radius: 10px; line-height: 1.5; white-space: pre-wrap; overflow-wrap: anywhere"
-SIGNS = {"python": "calc ", "python_output": "= "}
-
-
-def bubble(role: str, content: str | list[dict]) -> str:
-    """One message as HTML, everything in it escaped; calculator calls and their results are set apart."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    inner = ""
-    for part in parts:
-        text, sign = html.escape(part["text"]), SIGNS.get(part["type"])
-        inner += text if sign is None else f'<span style="{TOOL}" class="{part["type"]}">{sign}{text}</span>'
-    return f'<div class="chat-{role}" style="{BUBBLE}; {STYLES[role]}">{inner or "…"}</div>'
+from nanochat_lib.chat_html import bubble, token_bubble
+from nanochat_lib.inside import looks
+from nanochat_lib.transcript import save
 
 
 class ChatBox:
@@ -39,29 +20,41 @@ class ChatBox:
 
     def __init__(self, session: ChatSession | None = None):
         self.session = session or ChatSession(ChatModel.load())
-        here, settings, row = self.session.model.name, self.session.sampling, widgets.Layout(flex_flow="row wrap")
+        here, settings = self.session.model.name, self.session.sampling
         models = {f"{stage}-{tag}": (stage, tag) for stage, tag in list_models()}
         models.setdefault(here, ())  # a session handed in, with a model that is not on disk
         self.error, self.note, self.drawn = "", "", 0.0
         self.thread: threading.Thread | None = None
+        self.inside: dict[int, tuple[Answer, str]] = {}  # place of a message → its answer, drawn with probabilities
         self.picker = widgets.Dropdown(options=models, index=list(models).index(here), description="model")
-        self.temperature = widgets.FloatSlider(settings.temperature, min=0, max=2, step=0.1, description="temperature",
-                                               style={"description_width": "initial"})
-        self.top_k = widgets.IntSlider(settings.top_k, min=0, max=200, description="top-k")
-        self.length = widgets.IntSlider(settings.max_tokens, min=1, max=1024, description="max tokens")
-        self.view = widgets.HTML()
-        self.entry = widgets.Text(placeholder="say something, then Enter", layout=widgets.Layout(flex="1"))
-        self.entry.on_msg(lambda _, message, __: self.send() if message.get("event") == "submit" else None)
         self.picker.observe(lambda change: self.pick(*change["new"]) if change["new"] else None, "value")
-        buttons = []
+        self.sliders = {
+            "temperature": widgets.FloatSlider(settings.temperature, min=0, max=2, step=0.1),
+            "top_k": widgets.IntSlider(settings.top_k, min=0, max=200),
+            "top_p": widgets.FloatSlider(settings.top_p, min=0.05, max=1, step=0.05),
+            "max_tokens": widgets.IntSlider(settings.max_tokens, min=1, max=max(1024, settings.max_tokens))}
+        for name, slider in self.sliders.items():
+            slider.description, slider.style.description_width = name.replace("_", " "), "initial"
+        self.chances = widgets.ToggleButton(False, description="probabilities", icon="eye", layout={"width": "auto"},
+                                            tooltip="how likely each token was; point at one, or click it")
+        self.chances.observe(lambda _: self.draw(), "value")
+        self.view = widgets.HTML()
+        self.entry = widgets.Text(placeholder="say something, then Enter", layout=widgets.Layout(flex="1 1 12em"))
+        self.entry.on_msg(lambda _, message, __: self.send() if message.get("event") == "submit" else None)
+        self.widget = self.arrange()
+        self.draw()
+
+    def arrange(self) -> widgets.Widget:
+        """Settings above, the transcript, then the entry and its buttons."""
+        row, buttons = widgets.Layout(flex_flow="row wrap"), []
         for name, icon, action in (("send", "paper-plane", self.send), ("stop", "stop", self.session.stop),
-                                   ("regenerate", "refresh", self.regenerate), ("clear", "trash", self.clear)):
+                                   ("regenerate", "refresh", self.regenerate), ("clear", "trash", self.clear),
+                                   ("save", "download", self.save)):
             button = widgets.Button(description=name, icon=icon, layout=widgets.Layout(width="auto"))
             button.on_click(lambda _, action=action: action())
             buttons.append(button)
-        self.widget = widgets.VBox([widgets.HBox([self.picker, self.temperature, self.top_k, self.length], layout=row),
-                                    self.view, widgets.HBox([self.entry, *buttons], layout=row)])
-        self.draw()
+        return widgets.VBox([widgets.HBox([self.picker, *self.sliders.values()], layout=row), self.view,
+                             widgets.HBox([self.entry, *buttons, self.chances], layout=row)])
 
     def send(self) -> None:
         """Say what stands in the entry."""
@@ -78,13 +71,19 @@ class ChatBox:
         self.session.clear()
         self.say("", error="")
 
+    def save(self) -> None:
+        """Write the conversation into the notebook's folder, as JSON (for `chat_sft --data`) and as Markdown."""
+        try:
+            paths = save(self.session.messages, model=self.session.model.name)
+            self.say(f"saved as {' and '.join(path.name for path in paths)}", error="")
+        except Exception as error:  # a full disk, a folder that may not be written: said in the chat
+            self.say("", error=str(error))
+
     def pick(self, stage: str, tag: str) -> None:
         """Go on with another model; the conversation stays."""
         def load(show):
             self.say(f"loading {stage} {tag}", error="")
-            self.session.stop()
-            with self.session.lock:
-                self.session.model = ChatModel.load(stage, tag)
+            self.session.change_model(ChatModel.load(stage, tag))
 
         self.work(load)
 
@@ -92,7 +91,8 @@ class ChatBox:
         """Do `task(show)` in a thread, drawing as it goes; what it raises is shown in the chat."""
         def run():
             try:
-                self.session.sampling = Sampling(self.temperature.value, self.top_k.value, self.length.value)
+                values = {name: slider.value for name, slider in self.sliders.items()}
+                self.session.sampling = Sampling(**values)
                 self.say("", error="")
                 done = task(lambda piece: self.draw(every=0.05))
                 self.say(self.describe(done) if done else "")
@@ -118,13 +118,25 @@ class ChatBox:
         if time.monotonic() - self.drawn < every:
             return
         self.drawn = time.monotonic()
-        bubbles = [bubble(message["role"], message["content"]) for message in self.session.messages]
+        bubbles = [self.show(place, message) for place, message in enumerate(self.session.messages)]
         if answer := self.session.answer:
             bubbles.append(bubble("assistant", answer.content))
         if self.error:
             bubbles.append(bubble("error", self.error))
         note = f'<div style="opacity: 0.6; font-size: 85%">{html.escape(self.note)}</div>'
         self.view.value = "".join(bubbles) + note
+
+    def show(self, place: int, message: dict) -> str:
+        """One message; with its probabilities if they are wanted, and this model said it."""
+        answer = self.session.answers.get(place)
+        if not (self.chances.value and answer and answer.said):
+            return bubble(message["role"], message["content"])
+        known, drawn = self.inside.get(place, (None, ""))
+        if known is not answer:
+            ids = answer.prompt + [token.id for _, token in answer.said]
+            drawn = token_bubble(answer, looks(answer.model.engine.model, ids, len(answer.prompt)))
+            self.inside[place] = answer, drawn
+        return drawn
 
     def _repr_mimebundle_(self, **kwargs):
         return self.widget._repr_mimebundle_(**kwargs)

@@ -5,6 +5,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,10 +18,12 @@ from nanochat_lib.common import NanochatError
 
 
 MAX_MESSAGES, MAX_CHARACTERS, MAX_CHARACTERS_IN_ALL = 500, 8_000, 32_000
-MAX_TEMPERATURE, MAX_TOP_K, MAX_TOKENS = 2.0, 200, 4_096
+MAX_TEMPERATURE, MAX_TOP_K, MAX_TOKENS, MAX_TOP_LOGPROBS = 2.0, 200, 4_096, 20
+MAX_STOPS, MAX_STOP_LENGTH = 4, 200
 ONLY = {  # parameters of the format that are taken only where they change nothing
-    "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,), "stop": ([], ""),
-    "tools": ([],), "functions": ([],), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "tools": ([],), "tool_choice": ("none", "auto"),
+    "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "audio": (), "prediction": (), "store": (False,), "echo": (False,),
 }
 
 
@@ -33,7 +36,8 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict:
-        kind = {429: "rate_limit_error", 500: "server_error"}.get(self.status, "invalid_request_error")
+        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}.get(
+            self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -49,6 +53,25 @@ def number(body: dict, name: str, default: Any, low: float, high: float, kind: t
     return kind(value)
 
 
+def flag(body: dict, name: str) -> bool:
+    """A yes or no of the request; absent and null are no."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ApiError(400, f"{name} must be true or false", name)
+    return bool(value)
+
+
+def read_stop(body: dict) -> tuple[str, ...]:
+    """The strings that end an answer: one, or a list of up to four."""
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(
+            isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in stop):
+        raise ApiError(400, f"stop must be a string, or a list of up to {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} "
+                            "characters each", "stop")
+    return tuple(stop)
+
+
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
 PARTS = {"user": ("text",), "system": ("text",), "assistant": ("text", "python", "python_output")}
@@ -56,7 +79,9 @@ PARTS = {"user": ("text",), "system": ("text",), "assistant": ("text", "python",
 
 def read_content(message: dict, role: str, where: str) -> list[dict]:
     """The content of one message as parts; a plain string is one part."""
-    content = message.get("content") or []
+    content = message.get("content")
+    if content is None and role == "assistant":  # it said nothing
+        content = []
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for part in parts if isinstance(parts, list) else [None]:
         if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") in PARTS[role]):
@@ -108,21 +133,40 @@ def read_request(body: dict, model: ChatModel, defaults: Sampling) -> Answer:
     sampling = Sampling(number(body, "temperature", defaults.temperature, 0, MAX_TEMPERATURE),
                         number(body, "top_k", defaults.top_k, 0, MAX_TOP_K, int),
                         number(body, length, defaults.max_tokens, 1, MAX_TOKENS, int),
-                        number(body, "seed", None, -2**63, 2**63 - 1, int), number(body, "top_p", 1.0, 1e-6, 1))
+                        number(body, "seed", None, -2**63, 2**63 - 1, int), number(body, "top_p", 1.0, 1e-6, 1),
+                        read_stop(body))
+    top = number(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS, int)
+    if top and not flag(body, "logprobs"):
+        raise ApiError(400, "top_logprobs is given only together with logprobs: true", "top_logprobs")
     messages = read_messages(body)
     if body.get("truncation") == "auto":  # as in OpenAI's newer API: leave out the oldest messages that do not fit
         messages = model.fit(messages)
     try:
-        return Answer(model, messages, sampling)
+        return Answer(model, messages, sampling, top)
     except NanochatError as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
+
+
+def logprobs(answer: Answer, start: int, end: int) -> dict:
+    """Log-probabilities of the words among tokens start … end − 1, in OpenAI's terms: {"content": [{token, …}, …]}."""
+    tokenizer = answer.model.tokenizer
+
+    def entry(token: int, logprob: float) -> dict:
+        data = tokenizer.tokens[token] if token < len(tokenizer.tokens) else tokenizer.id_to_token(token).encode()
+        return {"token": tokenizer.id_to_token(token), "logprob": logprob, "bytes": list(data)}
+
+    words = [token for kind, token in answer.said[start:end] if kind == "text" and token.id < len(tokenizer.tokens)]
+    return {"content": [{**entry(token.id, token.logprob),
+                         "top_logprobs": [entry(id_, math.log(max(chance, 1e-30))) for id_, chance in token.top]}
+                        for token in words], "refusal": None}
 
 
 class Reply:
     """One answer in OpenAI's format, whole or as a stream of chunks."""
 
-    def __init__(self, answer: Answer, include_usage: bool):
-        self.answer, self.include_usage = answer, include_usage
+    def __init__(self, answer: Answer, include_usage: bool, with_logprobs: bool = False):
+        self.answer, self.include_usage, self.with_logprobs = answer, include_usage, with_logprobs
+        self.told = 0  # tokens whose log-probabilities have been sent
         self.events: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": answer.model.name}
@@ -165,11 +209,18 @@ class Reply:
         content = self.answer.content
         text = "".join(part["text"] for part in self.answer.reader.parts if part["type"] == "text")
         message = {"role": "assistant", "content": text, **({} if isinstance(content, str) else {"parts": content})}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": None}
+        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": self.news()}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage}
 
+    def news(self) -> dict | None:
+        """Log-probabilities of the tokens since the last call, if they are wanted."""
+        if not self.with_logprobs:
+            return None
+        start, self.told = self.told, self.answer.tokens
+        return logprobs(self.answer, start, self.told)
+
     def chunk(self, delta: dict, finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": self.news()}
         usage = {"usage": None} if self.include_usage else {}
         return event_line({**self.head, "object": "chat.completion.chunk", "choices": [choice], **usage})
 

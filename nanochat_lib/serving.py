@@ -24,7 +24,8 @@ class Job:
     deliver: Callable[[Piece | Exception | None], None]
 
     def __post_init__(self):
-        self.request = Request(self.answer.prompt, **self.answer.sampling.settings(), watch=self.watch)
+        self.request = Request(self.answer.prompt, **self.answer.sampling.settings(), watch=self.watch,
+                               top=self.answer.top)
 
     def watch(self, token: Token) -> None:
         if piece := self.answer.take(token):
@@ -49,7 +50,7 @@ class Replica:
         """One token for every row; returns the jobs that are over with their errors, which do not end the replica."""
         for request, job in self.jobs.items():
             if job.answer.stopped.is_set():
-                job.answer.finish_reason = "stopped"
+                job.answer.finish_reason = job.answer.finish_reason or "stopped"  # or a stop string ended it
                 self.batch.cancel(request)
         try:
             return [(self.jobs.pop(request), None) for request in self.batch.step()]

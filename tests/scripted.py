@@ -15,6 +15,7 @@ from nanochat_lib.scripts.chat_web import ChatWeb, make_app
 from nanochat_lib.serving import Pool
 
 LONG = "word " * 500  # never ends by itself before a test stops it
+MARKDOWN = "# Plan\nUse **bold** and `code`, not <b>tags</b>: 2**3**2\n```python\nprint('<i>')  # **no**\n```\n#### 40 [x](http://x.y)"
 
 
 class ScriptedBatch(Batch):
@@ -64,6 +65,8 @@ def usual(tokenizer) -> Callable:
         if question == "sum":
             return [*encode("So "), special("<|python_start|>"), *encode("12/4"), special("<|python_end|>"),
                     *encode(" are 3 pies.")]
+        if question == "markdown":
+            return encode(MARKDOWN)
         if question == "markup":
             return encode("<b>bold</b><script>document.title = 'owned'</script>"
                           "<img src=x onerror=\"document.title = 'owned'\">")

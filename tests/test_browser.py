@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from scripted import scripted_model, serving, until
+from scripted import MARKDOWN, scripted_model, serving, until
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -141,6 +142,49 @@ def test_page_settings_phone_and_dark(server, open_page):
     assert page.input_value("#max_tokens") == "3", "settings are kept"
 
 
+def test_page_shows_markdown_as_elements_and_everything_else_as_text(server, open_page):
+    url, _ = server
+    page = open_page(url)
+    say(page, "markdown")
+    page.wait_for_selector(".writing", state="detached")
+    box = page.query_selector(".assistant > span")
+    assert [node.inner_text() for node in box.query_selector_all("strong")] == ["Plan", "bold"]
+    assert [node.inner_text() for node in box.query_selector_all("code")] == ["code", "print('<i>')  # **no**"]
+    assert box.evaluate("node => [...node.querySelectorAll('*')].map(x => x.tagName).sort().join(' ')") == "CODE CODE PRE STRONG STRONG"
+    assert "not <b>tags</b>: 2**3**2" in box.inner_text() and "#### 40 [x](http://x.y)" in box.inner_text()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.click("text=Answer again")
+        page.wait_for_selector(".writing", state="detached")
+        say(page, "hello")
+    assert json.loads(sent.value.post_data)["messages"][-1]["role"] == "user"
+    page.wait_for_selector("text=You said: hello")
+    with page.expect_download() as download:
+        page.click("#open")
+        page.click("#save")
+    kept = json.loads(Path(download.value.path()).read_text())["messages"]
+    assert [message["role"] for message in kept] == ["user", "assistant"] * 2
+    assert kept[1]["content"] == [{"type": "text", "text": MARKDOWN}], "what was said, not how it is shown"
+
+
+def test_page_asks_for_the_key(make_model, tokenizer, open_page):
+    with serving(scripted_model(make_model, tokenizer), api_key="open sesame") as (url, _):
+        page = open_page(url)
+        page.wait_for_selector("#key", state="visible")
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        say(page, "hello")
+        page.wait_for_selector(".error:has-text('wants its key')")
+        page.fill("#key", "open sesame")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#model:has-text('sft-d3')")
+        assert not page.is_visible("#key")
+        say(page, "hello")
+        assert answers(page) == ["You said: hello (né 日本)"]
+        page.reload()
+        page.wait_for_selector("#model:has-text('sft-d3')")
+        assert open_page(url).wait_for_selector("#key", state="visible"), "another visitor has no key"
+
+
 NOTEBOOK = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -158,9 +202,14 @@ box
 """
 
 
+class Lab(NamedTuple):
+    url: str
+    folder: Path
+
+
 @pytest.fixture
 def lab(tmp_path, base_dir):
-    """URL of JupyterLab on a folder with one notebook, chat.ipynb."""
+    """JupyterLab on a folder with one notebook, chat.ipynb."""
     import nbformat
 
     cell = nbformat.v4.new_code_cell(NOTEBOOK.format(tests=str(Path(__file__).parent)).strip())
@@ -178,7 +227,7 @@ def lab(tmp_path, base_dir):
     try:
         until(lambda: process.poll() is not None or not socket.socket().connect_ex(("127.0.0.1", port)), seconds=60)
         assert process.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
-        yield f"http://127.0.0.1:{port}"
+        yield Lab(f"http://127.0.0.1:{port}", tmp_path)
     finally:
         process.terminate()
         process.wait(20)
@@ -187,7 +236,7 @@ def lab(tmp_path, base_dir):
 def test_notebook_chat_in_jupyterlab(lab, browser):
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(90_000)
-    page.goto(f"{lab}/lab/tree/chat.ipynb")
+    page.goto(f"{lab.url}/lab/tree/chat.ipynb")
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')  # the kernel is there
     page.click(".jp-CodeCell .cm-content")
     page.click(".lm-MenuBar-itemLabel:text-is('Run')")
@@ -208,6 +257,20 @@ def test_notebook_chat_in_jupyterlab(lab, browser):
     entry.fill("fail")
     entry.press("Enter")
     page.wait_for_selector(".chat-error:has-text('out of luck')")
+    page.click("button:has-text('probabilities')")
+    token = page.wait_for_selector(".chat-token >> nth=0")
+    assert page.query_selector(".chat-forced .chat-mark") and not page.query_selector(".chat-card:visible")
+    token.hover()
+    card = page.wait_for_selector(".chat-card:visible")
+    assert len(card.inner_text().splitlines()) >= 5 and "▸" in card.inner_text()
+    token.click()
+    page.hover(".chat-user")
+    assert card.is_visible(), "a click holds it"
+    assert card.bounding_box()["y"] > token.bounding_box()["y"] + 10, "under the answer, not over it"
+    page.screenshot(path=lab.folder / "box.png")
+    page.click("button:has-text('save')")
+    page.wait_for_selector("text=/saved as chat-.*jsonl/")
+    assert len(list(lab.folder.glob("chat-*.jsonl"))) == 1
     page.click("button:has-text('clear')")
     page.wait_for_selector(".chat-user", state="detached")
     page.close()

@@ -1,12 +1,17 @@
 """Lesson 12: the session, the notebook's chat box, the terminal, the server."""
 
+import contextlib
 import json
 import os
+import pty
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from dataclasses import replace
 
@@ -192,7 +197,7 @@ def test_box_streams_shows_tools_and_escapes(base_dir, model):
 
 def test_box_refuses_a_second_send_stops_and_shows_errors(base_dir, slow):
     box = ChatBox(ChatSession(slow))
-    box.length.value = 1000
+    box.sliders["max_tokens"].value = 1000
     box.entry.value = "long"
     box.send()
     first = box.thread
@@ -213,7 +218,7 @@ def test_box_changes_models_and_keeps_the_conversation(checkpoint):
     checkpoint("sft")
     checkpoint("base")
     box = ChatBox()
-    box.length.value = 4
+    box.sliders["max_tokens"].value = 4
     box.entry.value = "hi"
     box.send()
     box.thread.join(10)
@@ -239,22 +244,74 @@ def test_cli_answers_one_prompt_and_without_a_model_says_what_to_run(base_dir, c
     assert capsys.readouterr().out == done.stdout
 
 
-def test_cli_converses_and_ctrl_c_ends_the_answer_not_the_chat(base_dir, checkpoint):
+class Terminal:
+    """A command in a terminal of its own: what is typed reaches it as from a keyboard, Ctrl-C included."""
+
+    def __init__(self, *command):
+        self.pid, self.handle = pty.fork()
+        if not self.pid:
+            os.environ.update(TERM="dumb", OMP_NUM_THREADS="1")
+            os.chdir(os.path.dirname(os.path.dirname(__file__)))
+            os.execv(command[0], command)
+        self.seen, self.read = "", 0
+
+    def type(self, text):
+        os.write(self.handle, text.encode())
+
+    def expect(self, pattern, seconds=120):
+        """Wait for a pattern in what was printed since the last match."""
+        end = time.monotonic() + seconds
+        while not (found := re.compile(pattern).search(self.seen, self.read)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen[self.read:]!r}"
+            if select.select([self.handle], [], [], 1)[0]:
+                with contextlib.suppress(OSError):  # the other end is closed
+                    self.seen += os.read(self.handle, 4096).decode(errors="replace")
+        self.read = found.end()
+        return found
+
+    def wait(self):
+        """The exit status."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_cli_in_a_terminal_ctrl_c_ends_the_answer_not_the_chat(base_dir, checkpoint):
     checkpoint(sequence_len=100_000)
-    process = subprocess.Popen([*CLI, "-m", "90000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__)))
-    watchdog = threading.Timer(150, process.kill)
-    watchdog.start()
-    process.stdin.write(b"hello\n")
-    process.stdin.flush()
-    while process.stdout.read1(4096).find(b"> ") < 0:
-        assert process.poll() is None, process.stderr.read()
-    assert process.stdout.read1(16)  # the answer has begun
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(b"/clear\n/retry\n\n/quit\n")
-    watchdog.cancel()
-    assert process.returncode == 0 and b"Traceback" not in error, error
-    assert b"[stopped]" in out and b"cleared" in out and b"error: nothing to answer yet" in out
+    terminal = Terminal(*CLI, "-m", "90000", "--seed", "1")
+    try:
+        terminal.expect(r"sft-d3: /clear [^>]*> ")
+        terminal.type("hello\r")
+        terminal.expect(r"hello[^>]{40}")  # the echo, and an answer that has begun
+        terminal.type("\x03")
+        terminal.expect(r"\[stopped\][^>]*> ")
+        terminal.type("\x03")  # at the prompt: help, not the end
+        terminal.expect(r"/quit leaves[^>]*> ")
+        terminal.type("/retry\r")
+        terminal.expect(r"/retry[^>]{40}")
+        terminal.type("\x03")
+        terminal.expect(r"\[stopped\][^>]*> ")
+        terminal.type("\x1b[A")  # arrow up: the earlier line
+        terminal.expect("/retry")
+        terminal.type("\x15/clear\r")
+        terminal.expect("cleared[^>]*> ")
+        terminal.type("/retry\r")
+        terminal.expect("error: nothing to answer yet[^>]*> ")
+        terminal.type("/quit\r")
+        terminal.expect("quit")
+        assert terminal.wait() == 0 and "Traceback" not in terminal.seen
+    finally:
+        with contextlib.suppress(OSError):
+            os.kill(terminal.pid, signal.SIGKILL)
+
+
+def test_cli_saves_clears_and_leaves_at_the_end_of_its_input(base_dir, checkpoint, tmp_path, monkeypatch, capsys):
+    checkpoint()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    lines = iter(["/save", "hi", "/save", "clear", "/retry", None])
+    chat_cli(ChatCli(device_type="cpu", max_tokens=8, seed=1))
+    out = capsys.readouterr().out
+    assert out.count("error: nothing to save yet") == 1 and "cleared" in out and "error: nothing to answer yet" in out
+    assert len(list(tmp_path.glob("chat-*.md"))) == 1 and f"saved as {next(tmp_path.glob('chat-*.jsonl')).name}" in out
 
 
 # --- the server -----------------------------------------------------------------------------------------------------
@@ -304,7 +361,7 @@ def test_the_official_client_whole_and_streamed(model):
 TOO_MANY = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * (MAX_MESSAGES // 2)
 def talk(*pairs):
     """A request of messages (role, content)."""
-    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+    return {"messages": [{"role": pair[0], "content": pair[1]} if isinstance(pair, tuple) else pair for pair in pairs]}
 
 
 BAD = [
@@ -312,7 +369,7 @@ BAD = [
     ({"messages": "hi"}, "messages must be"), ({"messages": [*TOO_MANY, TOO_MANY[0]]}, "1 to 500 messages"),
     (say("x" * (MAX_CHARACTERS + 1)), "longer than 8,000 characters"),
     (talk(*[(role, "x" * 7000) for role in ("user", "assistant", "user", "assistant", "user")]), "32,000 characters"),
-    ({"messages": [{"role": "user"}, "hi"]}, "needs a role"), (talk(("tool", "x")), "needs a role"),
+    ({"messages": [{"role": "user"}]}, "content must be"), (talk(("user", "x"), ("assistant", None), "hi"), "needs a role"), (talk(("tool", "x")), "needs a role"),
     (talk((["user"], "x")), "needs a role"), (talk(("assistant", "x")), "where system or user should speak"),
     (talk(("user", "x"), ("system", "x")), "where assistant should speak"),
     (talk(("user", "x"), ("assistant", "x")), "last message must be by user"),
@@ -324,7 +381,12 @@ BAD = [
     (say("x", max_tokens=0), "max_tokens"), (say("x", max_completion_tokens=4097), "max_completion_tokens"),
     (say("x", seed=1e300), "seed"), (say("x", top_p=0), "top_p"), (say("x", n=2), "n is not supported"),
     (say("x", tools=[{"type": "function"}]), "tools is not supported"), (say("x", model=["a"]), "there is no model"),
-    (say("word " * 1500), "the model reads 1,024"),
+    (say("word " * 1500), "the model reads 1,024"), (say("x", stream="yes"), "stream must be true or false"),
+    (say("x", stream_options=3), "stream_options"), (say("x", stop=5), "stop must be"), (say("x", stop=[""]), "stop must be"),
+    (say("x", stop=["a"] * 5), "up to 4"), (say("x", stop="x" * 201), "1 to 200 characters"),
+    (say("x", logprobs=1), "logprobs must be true or false"), (say("x", logprobs=True, top_logprobs=21), "top_logprobs"),
+    (say("x", top_logprobs=2), "together with logprobs"), (say("x", modalities=["audio"]), "modalities is not supported"),
+    (say("x", response_format={"type": "json_object"}), "response_format is not supported"),
 ]
 
 

@@ -12,9 +12,11 @@ from tyro.conf import arg
 
 from nanochat_lib.chat import ChatModel, ChatSession, Piece, Sampling
 from nanochat_lib.common import NanochatError, pick_device, run_cli
+from nanochat_lib.transcript import save
 
 
-HELP = "/clear forgets the conversation, /retry answers again, /quit leaves (so does Ctrl-D); Ctrl-C stops an answer"
+HELP = ("/clear forgets the conversation, /retry answers again, /save keeps it in a file, /quit leaves (so does Ctrl-D); "
+        "Ctrl-C stops an answer")
 BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("[= ", "]")}
 
 
@@ -98,7 +100,10 @@ def chat_cli(settings: ChatCli) -> None:
             print("cleared")
         elif text:
             try:
-                answer(session, text)
+                if text == "/save":
+                    print(f"saved as {' and '.join(path.name for path in save(session.messages, model=model.name))}")
+                else:
+                    answer(session, text)
             except NanochatError as error:
                 print(f"error: {error}")
 

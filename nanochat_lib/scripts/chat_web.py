@@ -2,14 +2,18 @@
 """Serve a model: one web page to chat on, and OpenAI's chat-completions API for any client."""
 
 
+import hmac
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -18,7 +22,7 @@ from tyro.conf import arg
 import nanochat_lib
 from nanochat_lib.chat import ChatModel, Sampling
 from nanochat_lib.common import NanochatError, pick_device, run_cli
-from nanochat_lib.protocol import ApiError, Reply, read_request
+from nanochat_lib.protocol import ApiError, Reply, flag, read_request
 from nanochat_lib.serving import Full, Job, Pool
 
 
@@ -65,6 +69,11 @@ class ChatWeb:
     host: str = "127.0.0.1"
     """0.0.0.0 opens the server to the network"""
     port: Annotated[int, arg(aliases=["-p"])] = 8000
+    api_key: str = ""
+    """key that clients must send; "" takes $NANOCHAT_API_KEY (which no list of processes shows), and if that is empty
+    everyone may ask"""
+    cors: str = ""
+    """another web site whose pages may call this server, e.g. https://example.org"""
     device_type: str = ""
 
 
@@ -76,13 +85,25 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
     if settings.host in ("127.0.0.1", "localhost"):  # a web site that renames itself to this address gets nothing
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    if settings.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=[settings.cors], allow_methods=["GET", "POST"],
+                           allow_headers=["Authorization", "Content-Type"])
+    key = settings.api_key or os.environ.get("NANOCHAT_API_KEY", "")
     defaults = Sampling(settings.temperature, settings.top_k, settings.max_tokens)
     page = (Path(nanochat_lib.__file__).parent / "chat.html").read_text()
     model = pool.replicas[0].model
 
+    async def guard(request: Request) -> None:
+        sent = request.headers.get("authorization", "").encode("latin-1")
+        if key and not hmac.compare_digest(sent, b"Bearer " + key.encode()):  # takes as long, however much is right
+            raise ApiError(401, "this server wants its key: send it as Authorization: Bearer KEY", code="invalid_api_key")
+
+    guarded = [Depends(guard)]
+
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 429 else None)
+        headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
+        return JSONResponse(error.body, error.status, headers)
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:
@@ -96,22 +117,23 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     async def index() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
 
-    @app.post("/v1/chat/completions")
-    @app.post("/chat/completions")
+    @app.post("/v1/chat/completions", dependencies=guarded)
+    @app.post("/chat/completions", dependencies=guarded)
     async def complete(request: Request) -> Response:
         body = await read_body(request)
-        options = body.get("stream_options")
-        with_usage = isinstance(options, dict) and options.get("include_usage") is True
-        reply = Reply(read_request(body, model, defaults), with_usage)
+        stream, options = flag(body, "stream"), body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise ApiError(400, "stream_options must be an object", "stream_options")
+        reply = Reply(read_request(body, model, defaults), flag(options, "include_usage"), flag(body, "logprobs"))
         try:
             pool.submit(Job(reply.answer, reply.deliver))
         except Full:
             raise ApiError(429, "all replicas are busy and the line is full: try again in a moment") from None
-        if body.get("stream") is True:
+        if stream:
             return StreamingResponse(reply.stream(), 200, {"Cache-Control": "no-store"}, "text/event-stream")
         return JSONResponse(await reply.whole(request))
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict:
         card = {"id": model.name, "object": "model", "created": int(pool.started), "owned_by": "nanochat"}
         return {"object": "list", "data": [{**card, "context": model.context, "defaults": asdict(defaults)}]}
@@ -120,9 +142,9 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     async def health() -> dict:
         return {"status": "ok", "model": model.name}
 
-    @app.get("/stats")
+    @app.get("/stats", dependencies=guarded)
     async def stats() -> dict:
-        return pool.stats()
+        return {**pool.stats(), "memory_bytes": psutil.Process().memory_info().rss}
 
     return app
 
@@ -138,6 +160,8 @@ def chat_web(settings: ChatWeb) -> None:
     models = [ChatModel.load(settings.source, settings.model_tag, settings.step, device) for device in devices]
     app = make_app(Pool(models, settings.max_waiting, settings.rows), settings)
     print(f"{models[0].name} on {', '.join(devices)}: http://{settings.host}:{settings.port}", flush=True)
+    if settings.host not in ("127.0.0.1", "localhost") and not (settings.api_key or os.environ.get("NANOCHAT_API_KEY")):
+        print("anyone who reaches this machine can use it: set NANOCHAT_API_KEY to ask for a key", flush=True)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=2)
 
 

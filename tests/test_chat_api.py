@@ -1,0 +1,150 @@
+"""What OpenAI's clients send beside the messages: stop strings, log-probabilities, keys, other web sites; and the engine's word."""
+
+import asyncio
+import json
+import math
+
+import httpx
+import openai
+import pytest
+import torch
+from scripted import scripted_model, serving, until
+
+from nanochat_lib.chat import Answer, AnswerReader, ChatModel, Sampling
+from nanochat_lib.engine import Engine
+from nanochat_lib.scripts.chat_web import ChatWeb, make_app
+from nanochat_lib.serving import Pool
+
+
+@pytest.fixture
+def model(make_model, tokenizer):
+    return scripted_model(make_model, tokenizer)
+
+
+def ask(url, text, **more):
+    answer = httpx.post(url + "/v1/chat/completions", json={"messages": [{"role": "user", "content": text}], **more}, timeout=20)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def streamed(url, text, **more):
+    """(text, finish reason) of a streamed answer, and all its events."""
+    body = {"messages": [{"role": "user", "content": text}], "stream": True, **more}
+    with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=20) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    return "".join(choice["delta"].get("content") or "" for choice in choices), choices[-1]["finish_reason"], events
+
+
+# --- stop strings ---------------------------------------------------------------------------------------------------
+
+def by_hand(text, stops):
+    """The text before the first stop string."""
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[:min(places, default=len(text))]
+
+
+@pytest.mark.parametrize("stop", [("w",), ("ord",), ("d w",), ("known",), ("né",), ("日本)",), ("xyz", "me: b"), ("aab", "aac"), ()])
+def test_reader_ends_before_a_stop_string_however_its_tokens_fall(tokenizer, stop):
+    for text in ("a word well known: né 日本)", "You name me: b", "aaaaab", "aaaab and aac", "wor", ""):
+        for cut in (1, 2, 3, 100):  # tokens of one byte, or as the tokenizer has it
+            chunks = [text[i:i + cut] for i in range(0, len(text), cut)]
+            script = [id_ for chunk in chunks for id_ in tokenizer.encode(chunk)]
+            reader, shown = AnswerReader(tokenizer, stop), ""
+            for place, token in enumerate([*script, tokenizer.encode_special("<|assistant_end|>")]):
+                piece = reader.read(token, last=place == len(script))
+                shown += piece.text if piece else ""
+                assert by_hand(text, stop).startswith(shown), "nothing is shown that must be taken back"
+            assert shown == by_hand(text, stop) and reader.ended == any(s in text for s in stop)
+
+
+def test_stop_strings_end_the_answer_and_free_its_row(model):
+    with serving(model) as (url, pool):
+        whole = ask(url, "long", stop=["word wor", "x"], max_tokens=900)
+        assert whole["choices"][0]["message"]["content"] == "" and whole["choices"][0]["finish_reason"] == "stop"
+        text, reason, _ = streamed(url, "hello", stop=" (n")
+        assert (text, reason) == ("You said: hello", "stop")
+        text, reason, _ = streamed(url, "hello", stop=["nowhere", "said: hellos"])
+        assert (text, reason) == ("You said: hello (né 日本)", "stop")
+        until(lambda: pool.stats()["running"] == 0)
+        stats = pool.stats()
+        assert stats["finished"] == 3 and stats["stopped"] == 0 and stats["completion_tokens"] < 100
+    session_answer = Answer(model, [{"role": "user", "content": "hello"}], Sampling(stop=("said",)))
+    assert "".join(piece.text for piece in session_answer) == "You " and session_answer.finish_reason == "stop"
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def plain(make_model, tokenizer):
+    """The real engine on random weights: it says what the weights say."""
+    network = make_model(sequence_len=256)
+    return ChatModel(Engine(network, tokenizer), tokenizer, "sft", "sft-d3", 256)
+
+
+def test_logprobs_are_the_models_own_whole_and_streamed(plain, tokenizer):
+    settings = dict(temperature=1.0, seed=3, max_tokens=24, logprobs=True, top_logprobs=3)
+    with serving(plain) as (url, _):
+        whole, (text, _, events) = ask(url, "hello", **settings), streamed(url, "hello", **settings)
+        bare = ask(url, "hello", temperature=0, max_tokens=4)
+    content = whole["choices"][0]["logprobs"]["content"]
+    spoken = [entry for event in events if event["choices"] for entry in (event["choices"][0]["logprobs"] or {}).get("content", [])]
+    assert spoken == content and bare["choices"][0]["logprobs"] is None and len(content) > 3
+    answer = Answer(plain, [{"role": "user", "content": "hello"}], Sampling(1.0, max_tokens=24, seed=3))
+    assert "".join(piece.text for piece in answer if piece.kind == "text") == text
+    ids = answer.prompt + [token.id for _, token in answer.said]
+    with torch.inference_mode():
+        logits = plain.engine.model(torch.tensor([ids]))[0].double().log_softmax(-1)
+    words = [(place, token) for place, (kind, token) in enumerate(answer.said, len(answer.prompt))
+             if kind == "text" and token.id < len(tokenizer.tokens)]
+    assert len(words) == len(content)
+    for (place, token), entry in zip(words, content):
+        assert entry["token"] == tokenizer.id_to_token(token.id) and bytes(entry["bytes"]) == tokenizer.tokens[token.id]
+        assert math.isclose(entry["logprob"], logits[place - 1, token.id], abs_tol=2e-3)
+        best = logits[place - 1].topk(3).values.tolist()
+        assert [round(top["logprob"] - expected, 2) for top, expected in zip(entry["top_logprobs"], best)] == [0, 0, 0]
+
+
+# --- keys and other web sites ---------------------------------------------------------------------------------------
+
+def test_a_key_opens_the_server_and_nothing_else_does(model, monkeypatch):
+    with serving(model, api_key="secret-é") as (url, _):
+        assert httpx.get(url + "/health").status_code == httpx.get(url + "/").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            for path in ("/v1/models", "/stats"):
+                refused = httpx.get(url + path, headers=headers)
+                assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+                assert refused.headers["www-authenticate"] == "Bearer"
+            assert httpx.post(url + "/v1/chat/completions", json={}, headers=headers).status_code == 401
+        key = {"Authorization": "Bearer secret-é".encode()}
+        assert httpx.get(url + "/v1/models", headers=key).status_code == 200
+    monkeypatch.setenv("NANOCHAT_API_KEY", "from-outside")
+    with serving(model) as (url, _):
+        with pytest.raises(openai.AuthenticationError, match="wants its key"):
+            openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=url + "/v1", api_key="from-outside").models.list().data[0].id == "sft-d3"
+
+
+def test_other_web_sites_may_call_only_if_named(model):
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization, content-type"}
+    with serving(model) as (url, _):
+        answer = httpx.options(url + "/v1/chat/completions", headers=asked)
+        assert answer.status_code == 405 and "access-control-allow-origin" not in answer.headers
+    with serving(model, cors="https://example.org") as (url, _):
+        answer = httpx.options(url + "/v1/chat/completions", headers=asked)
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://example.org"
+        other = httpx.options(url + "/v1/chat/completions", headers={**asked, "Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_an_open_server_is_reachable_by_any_name_and_a_closed_one_is_not(model):
+    pool = Pool([model])
+    for host, status in (("127.0.0.1", 400), ("0.0.0.0", 200)):
+        transport = httpx.ASGITransport(make_app(pool, ChatWeb(host=host)))
+
+        async def get(transport=transport):
+            async with httpx.AsyncClient(transport=transport, base_url="http://my-machine") as client:
+                return (await client.get("/health")).status_code
+
+        assert asyncio.run(get()) == status
