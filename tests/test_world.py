@@ -167,7 +167,7 @@ def test_sums_spellings_and_counts_are_right(texts):
         for a, b, c in re.findall(r"\b(\d+) \+ (\d+) = (\d+)", text):
             assert int(a) + int(b) == int(c) <= 99
             sums += 1
-        for each, letters in re.findall(r"^([a-z]+): ((?:[a-z] )+[a-z])$", text, re.M):
+        for each, letters in re.findall(r"^The word ([a-z]+): ((?:[a-z] )+[a-z])$", text, re.M):
             assert letters == " ".join(each)
             spelled += 1
         for sign, each, steps, total in re.findall(r"How many (\w) are in (\w+)\? (.*) #### (\d+)", text):
