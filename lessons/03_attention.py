@@ -1828,6 +1828,7 @@ def race(contestants: dict[str, Callable[[], object]], device: torch.device | st
 #| export kernel_races
 """What is raced: our kernels, PyTorch's, and the chip's roof, on the shapes that the targets name."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -1847,12 +1848,16 @@ class Bench:
 
     device: torch.device
     quick: bool = False
+    seconds: float = 90.0  # after that nothing new is begun
     rows: list[dict] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
 
     def measure(self, part: str, case: str, contestants: dict[str, Callable], work: float | dict = 0, unit: str = "",
                 peaks: dict[str, float] | None = None) -> None:
         """Race these; `work` is what one run does, in FLOP or bytes, of all or of each; `peaks` their memory in MiB."""
-        times, failed = race(contestants, self.device, *((5, 0.5) if self.quick else (15, 2.0)))
+        late = time.monotonic() - self.begin > self.seconds
+        times, failed = ({}, dict.fromkeys(contestants, "no time was left")) if late else race(
+            contestants, self.device, *((5, 0.5) if self.quick else (15, 1.0)))
         for name in contestants:
             row = {"part": part, "case": case, "way": name}
             if name in failed:
@@ -1916,32 +1921,24 @@ def backward_of(run: Callable, leaves: tuple[torch.Tensor, ...]) -> Callable:
     return again
 
 
-def attention_rows(bench: Bench, B: int, T: int, window: int, H: int = 16, D: int = 128) -> None:
-    """Forward, backward and windowed, bfloat16."""
+def attention_rows(bench: Bench, B: int, T: int, window: int, flex_full: bool, H: int = 16, D: int = 128) -> None:
+    """Both passes with a window, then each pass full; bfloat16. A pass of FlexAttention costs a compilation, so it is asked for."""
     q, k, v = (torch.randn(B, T, H, D, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    case, window_case = f"T {T:,}", f"T {T:,}, window {window:,}"
-    every = OURS | SDPA | FLEX
-    flop = 4 * B * H * D * pairs(T, None)
-
-    def forward(run, seen=None):
-        def once():
-            with torch.no_grad():
-                run(q, k, v, seen)
-        return once
+    pull, full, case = torch.randn_like(q), 4 * B * H * D * pairs(T, None), f"T {T:,}"
 
     def both(run, seen=None):
-        return lambda: torch.autograd.grad(run(q, k, v, seen).sum(), (q, k, v))
+        return lambda: torch.autograd.grad(run(q, k, v, seen), (q, k, v), pull)
 
-    bench.measure("forward", case, {name: forward(run) for name, run in every.items()}, flop, "TFLOP/s")
-    contestants = {name: backward_of(run, (q, k, v)) for name, run in every.items()}
-    bench.measure("backward", case, contestants, 2.5 * flop, "TFLOP/s")
-    banded = 4 * B * H * D * pairs(T, window)
-    contestants = {name: forward(run, window) for name, run in (OURS | FLEX).items()}
-    bench.measure("forward", window_case, contestants, banded, "TFLOP/s")
     contestants = {name: both(run, window) for name, run in (OURS | FLEX).items()}
     contestants |= {f"{name}, full": both(SDPA[name]) for name in ("cuDNN", "flash (PyTorch)")}
-    work = {name: 3.5 * (flop if name.endswith("full") else banded) for name in contestants}
-    bench.measure("forward + backward", window_case, contestants, work, "TFLOP/s")
+    banded = 4 * B * H * D * pairs(T, window)
+    work = {name: 3.5 * (full if name.endswith("full") else banded) for name in contestants}
+    bench.measure("forward + backward", f"{case}, window {window:,}", contestants, work, "TFLOP/s")
+    every = OURS | SDPA | (FLEX if flex_full else {})
+    contestants = {name: lambda run=run: run(q, k, v) for name, run in every.items()}  # as in training: ready for backward
+    bench.measure("forward", case, contestants, full, "TFLOP/s")
+    contestants = {name: backward_of(run, (q, k, v)) for name, run in every.items()}
+    bench.measure("backward", case, contestants, 2.5 * full, "TFLOP/s")
 
 
 def decoding_rows(bench: Bench, B: int, H: int = 16, KVH: int = 16, S: int = 2048, D: int = 128) -> None:
@@ -2046,6 +2043,7 @@ class Settings:
 
     out: Path = Path("build/kernels")  # writes OUT.json and OUT.png
     quick: bool = False  # T = 2,048 only, few rounds
+    seconds: float = 90.0  # races that would begin later are left out, and said so
     compile_figures: bool = True  # on a CPU: registers and shared memory, from the compiler
     device_type: str = ""
 
@@ -2110,18 +2108,17 @@ def draw(bench: Bench, path: Path, title: str) -> None:
 def kernel_bench(settings: Settings) -> None:
     """Race our kernels against PyTorch's and the roof; print, and save as JSON and PNG."""
     device = torch.device(pick_device(settings.device_type))
-    bench = Bench(device, settings.quick)
+    bench = Bench(device, settings.quick, settings.seconds)
     torch.manual_seed(0)
     on_gpu, compiled = device.type == "cuda", []
     if on_gpu:
         roof_rows(bench)
-        for B in (1, 64):
-            decoding_rows(bench, B)
-        decoding_rows(bench, 64, KVH=4)
-        loss_rows(bench, 16384, 32768, 1536)
-        attention_rows(bench, 8, 2048, 768)
+        for B, KVH in ((1, 16), (64, 16), (64, 4)):
+            decoding_rows(bench, B, KVH=KVH)
+        attention_rows(bench, 8, 2048, 768, flex_full=not settings.quick)
         if not settings.quick:
-            attention_rows(bench, 2, 8192, 2048)
+            attention_rows(bench, 2, 8192, 2048, flex_full=False)
+        loss_rows(bench, 16384, 32768, 1536)
     elif device.type == "cpu":
         cpu_rows(bench)
         if settings.compile_figures and importlib.util.find_spec("triton"):

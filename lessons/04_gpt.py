@@ -31,16 +31,16 @@
 import matplotlib.pyplot as plt
 
 # %% [markdown]
-# ## Three formulas, and their gradients
+# ## Two formulas, and their gradients
 #
 # Matrix products keep a processor busy; all else keeps its memory busy. A formula such as RMS norm, written as
 # square, mean, root, divide, walks over all activations once per step, and autograd walks over them again and keeps
-# what each step saw. For the three formulas that cost most we write the gradient by hand. On a GPU `torch.compile`
+# what each step saw. For the two formulas that cost most we write the gradient by hand. On a GPU `torch.compile`
 # and built-in kernels do the same work, so there the plain formula stays.
 
 # %%
 #| export fused
-"""Formulas that are all memory traffic, with gradients by hand: norm, relu squared, softcapped cross entropy."""
+"""Formulas that are all memory traffic, with gradients by hand: norm, relu squared; and the softcap."""
 
 # %%
 #| export fused
@@ -118,15 +118,9 @@ class SquaredRelu(Function):
         return (grad * x).mul_(2)
 
 # %% [markdown]
-# **Softcap and cross entropy.** The last matrix gives a number per token of the vocabulary, a logit. A tanh bends
-# them to stay within ±15, so that no single token can run away. The loss is the surprise, in nats, at the token that
-# came next: $\log\sum_j e^{z_j} - z_\text{target}$. Its gradient is simple: the probabilities, less one at the
-# target.
-#
-# With a vocabulary of 32,768 the logits are by far the largest tensor of all, and the plain way makes several of
-# that size. Here rows are handled a few at a time: logits, loss and gradient while they are still in the cache. One
-# tensor is kept, the gradient by the logits. And since the logits are capped, $e^z$ cannot overflow: no maximum is
-# sought first.
+# **Softcap.** The last matrix gives a number per token of the vocabulary, a logit. A tanh bends them to stay within
+# ±15, so that no single token can run away. In training the logits are never seen as such: lesson 03's `head_loss` goes
+# from the vectors to the loss, a few rows at a time, with the gradient on the way.
 
 # %%
 #| export fused
@@ -137,53 +131,12 @@ def softcap(logits: Tensor) -> Tensor:
     """Logits in float32, bent to stay within ±SOFTCAP (arXiv 2408.00118)."""
     return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
 
-
-def softcap_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The loss in nats of logits softcap(x @ weight.T), per row, float32: 0 where the target is -1.
-
-    x (N, C) and weight (vocab, C) of one dtype; targets (N,) int64.
-    """
-    if torch.compiler.is_compiling():
-        return F.cross_entropy(softcap(F.linear(x, weight)), targets, ignore_index=-1, reduction="none")
-    return SoftcapCrossEntropy.apply(x, weight, targets)
-
-
-class SoftcapCrossEntropy(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, (2**19 if x.device.type == "cpu" else 2**26) // len(weight))  # 2 MiB of logits, 256 on a GPU
-        losses = torch.empty(len(x), device=x.device)
-        kept = x.new_empty(len(x), len(weight)) if any(ctx.needs_input_grad) else None
-        for first in range(0, len(x), rows):
-            part = slice(first, first + rows)
-            target = targets[part].clamp(min=0).unsqueeze(1)
-            counts = (targets[part] >= 0).float().unsqueeze(1)
-            bent = F.linear(x[part], weight).float().div_(SOFTCAP).tanh_()
-            chances = (SOFTCAP * bent).exp_()
-            total = chances.sum(1, keepdim=True)
-            losses[part] = ((total.log() - SOFTCAP * bent.gather(1, target)) * counts).squeeze(1)
-            if kept is not None:  # d loss / d logits = (chances − [is target]) · (1 − tanh²)
-                gradient = chances.mul_(counts / total).scatter_add_(1, target, -counts)
-                kept[part] = gradient.addcmul_(gradient, bent.square_(), value=-1)
-        ctx.save_for_backward(x, weight, kept)
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, kept = ctx.saved_tensors
-        grad = grad.unsqueeze(1).to(x.dtype)
-        return (kept @ weight).mul_(grad), kept.T @ (x * grad), None
-
 # %%
 logits = torch.linspace(-60, 60, 200)
 fig, ax = plt.subplots(figsize=(5, 2.5))
 _ = ax.plot(logits, softcap(logits))
 _ = ax.plot(logits, logits, ":", color="gray")
 _ = ax.set(xlabel="logit", ylabel="softcapped logit", ylim=(-20, 20))
-
-x, weight, targets = torch.randn(6, 8), torch.randn(20, 8), torch.tensor([3, 0, -1, 19, 7, 7])
-plain = F.cross_entropy(softcap(x @ weight.T), targets, ignore_index=-1, reduction="none")
-assert torch.allclose(softcap_cross_entropy(x, weight, targets), plain, atol=1e-5)
 
 # %% [markdown]
 # ## Seven numbers
@@ -205,8 +158,9 @@ from torch import Tensor, nn
 
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
-from nanochat_lib.fused import norm, softcap, softcap_cross_entropy, squared_relu
+from nanochat_lib.fused import SOFTCAP, norm, softcap, squared_relu
 from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, rotary_at, rotary_tables, smear
+from nanochat_lib.loss import head_loss
 
 VALUE_CHANNELS = 12  # a value gate looks at so many channels of a token
 VOCAB_MULTIPLE = 64  # matrix units like round sizes
@@ -517,11 +471,9 @@ class GPT(nn.Module):
         With a kv_cache (nanochat_lib.engine.KVCache) the ids continue its rows.
         """
         x = self.hidden(idx, kv_cache)
-        weight = self.lm_head.weight[:self.config.vocab_size].to(x.dtype)  # without the padding
         if targets is None:
             return self.logits(x)
-        losses = softcap_cross_entropy(x.flatten(0, 1), weight, targets.flatten()).view_as(targets)
-        return reduce_losses(losses, targets, loss_reduction)
+        return head_loss(x, self.lm_head.weight, targets, self.config.vocab_size, SOFTCAP, loss_reduction)
 
     def logits(self, x: Tensor) -> Tensor:
         """What `hidden` gave, (…, C) → logits (…, vocab_size) float32."""
@@ -569,16 +521,6 @@ class GPT(nn.Module):
                  seed: int = 42) -> Iterator[int]:
         """Yield max_tokens tokens after `tokens`, reading the whole prefix again for each: the slow reference."""
         return generate(self, tokens, max_tokens, temperature, top_k, seed)
-
-# %%
-#| export
-def reduce_losses(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Losses (B, T), zero where targets are -1 → their "mean" over the targets that count, "sum", or themselves."""
-    if reduction == "none":
-        return losses
-    if reduction not in ("mean", "sum"):
-        raise NanochatError(f"loss_reduction={reduction!r} is unknown: choose mean, sum or none")
-    return losses.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 # %% [markdown]
 # ## First weights

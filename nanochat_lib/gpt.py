@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
-from nanochat_lib.fused import norm, softcap, softcap_cross_entropy, squared_relu
+from nanochat_lib.fused import SOFTCAP, norm, softcap, squared_relu
 from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, rotary_at, rotary_tables, smear
+from nanochat_lib.loss import head_loss
 
 VALUE_CHANNELS = 12  # a value gate looks at so many channels of a token
 VOCAB_MULTIPLE = 64  # matrix units like round sizes
@@ -154,11 +155,9 @@ class GPT(nn.Module):
         With a kv_cache (nanochat_lib.engine.KVCache) the ids continue its rows.
         """
         x = self.hidden(idx, kv_cache)
-        weight = self.lm_head.weight[:self.config.vocab_size].to(x.dtype)  # without the padding
         if targets is None:
             return self.logits(x)
-        losses = softcap_cross_entropy(x.flatten(0, 1), weight, targets.flatten()).view_as(targets)
-        return reduce_losses(losses, targets, loss_reduction)
+        return head_loss(x, self.lm_head.weight, targets, self.config.vocab_size, SOFTCAP, loss_reduction)
 
     def logits(self, x: Tensor) -> Tensor:
         """What `hidden` gave, (…, C) → logits (…, vocab_size) float32."""
@@ -206,15 +205,6 @@ class GPT(nn.Module):
                  seed: int = 42) -> Iterator[int]:
         """Yield max_tokens tokens after `tokens`, reading the whole prefix again for each: the slow reference."""
         return generate(self, tokens, max_tokens, temperature, top_k, seed)
-
-
-def reduce_losses(losses: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Losses (B, T), zero where targets are -1 → their "mean" over the targets that count, "sum", or themselves."""
-    if reduction == "none":
-        return losses
-    if reduction not in ("mean", "sum"):
-        raise NanochatError(f"loss_reduction={reduction!r} is unknown: choose mean, sum or none")
-    return losses.sum() / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
 @torch.no_grad()

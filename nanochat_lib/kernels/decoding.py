@@ -19,7 +19,7 @@ MAX_QUERIES = {4: 16, 2: 64}  # new tokens × query heads of a key head, the row
 
 
 @triton.jit
-def visit_cache(acc, total, top, q, k_head, v_head, k_token, v_token, places, first, end, offset, window, scale,
+def visit_cache(acc, total, top, q, k_head, v_head, k_token, v_token, places, first, end, offset, window,
                D: tl.constexpr, BLOCK_N: tl.constexpr):
     """Update acc (M, D), running sum and maximum (M,) with keys first … end − 1; key j lies at j − offset."""
     dims = tl.arange(0, D)
@@ -28,7 +28,7 @@ def visit_cache(acc, total, top, q, k_head, v_head, k_token, v_token, places, fi
         held = keys < end
         at = (keys - offset).to(tl.int64)
         k = tl.load(k_head + at[None, :] * k_token + dims[:, None], mask=held[None, :], other=0.0)  # (D, N)
-        scores = tl.dot(q, k, input_precision="tf32x3") * scale
+        scores = tl.dot(q, k, input_precision="tf32x3") * (1.4426950408889634 / D**0.5)  # units of log 2
         distance = places[:, None] - keys[None, :]
         scores = tl.where((distance >= 0) & (distance <= window) & held[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -45,7 +45,7 @@ def visit_cache(acc, total, top, q, k_head, v_head, k_token, v_token, places, fi
 @triton.jit
 def split_kernel(q, k, v, lengths, part, part_lse, prompt_k, prompt_v, prompt_lengths, owners,
                  q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-                 pk_batch, pk_token, pk_head, pv_batch, pv_token, pv_head, T, group, window, scale,
+                 pk_batch, pk_token, pk_head, pv_batch, pv_token, pv_head, T, group, window,
                  D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A part of one key head's keys: part (B, KVH, parts, T · group, D), part_lse its log2-sum-exp, float32."""
     part_id, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -74,10 +74,10 @@ def split_kernel(q, k, v, lengths, part, part_lse, prompt_k, prompt_v, prompt_le
         shared = tl.load(prompt_lengths + prompt).to(tl.int32)
         acc, total, top = visit_cache(acc, total, top, q_tile, prompt_k + prompt * pk_batch + kv_head * pk_head,
                                      prompt_v + prompt * pv_batch + kv_head * pv_head, pk_token, pv_token, places,
-                                     first, tl.minimum(end, shared), 0, window, scale, D, BLOCK_N)
+                                     first, tl.minimum(end, shared), 0, window, D, BLOCK_N)
     acc, total, top = visit_cache(acc, total, top, q_tile, k + row * k_batch + kv_head * k_head,
                                  v + row * v_batch + kv_head * v_head, k_token, v_token, places,
-                                 tl.maximum(first, shared), end, shared, window, scale, D, BLOCK_N)
+                                 tl.maximum(first, shared), end, shared, window, D, BLOCK_N)
 
     total = tl.where(total > 0, total, 1.0)  # a part without a visible key: acc 0, log-sum −∞
     lines = ((row * kv_heads + kv_head) * parts + part_id) * (T * group) + queries
@@ -143,14 +143,14 @@ def decode_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tor
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
     strides = [x.stride()[:3] if x is not None else (0, 0, 0) for x in (q, k, v, prompt_k, prompt_v)]
     launch(split_kernel)[parts, KVH, B](q, k, v, lengths, part, part_lse, prompt_k, prompt_v, prompt_lengths, owners,
-                                        *sum(strides, ()), T, group, window, 1.4426950408889634 / D**0.5, D=D, **sizes)
+                                        *sum(strides, ()), T, group, window, D=D, **sizes)
     launch(combine_kernel)[T * group, KVH, B](part, part_lse, out, parts, KVH, T * group, group, D=D,
                                               PARTS=triton.next_power_of_2(parts), num_warps=2)
     return out
 
 
 def launch(kernel):
-    """The kernel, so that a compiler sees what it is; the interpreter's is no kernel to it."""
+    """The kernel, in a wrapper that torch.compile can look into; the interpreter's needs none."""
     return kernel if INTERPRETING else torch.library.wrap_triton(kernel)
 
 
@@ -182,7 +182,8 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
         tensors = [x if x is None else x.float() for x in tensors]
     q_, k, v, prompt_k, prompt_v = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in tensors)
     window = -1 if window is None else window
-    return decoding_op(q_, k, v, lengths, window, prompt_k, prompt_v, prompt_lengths, owners).to(q.dtype)
+    run = decoding_op if torch.compiler.is_compiling() else decode_parts  # eager: no detour by an operator
+    return run(q_, k, v, lengths, window, prompt_k, prompt_v, prompt_lengths, owners).to(q.dtype)
 
 
 def compile_cases(capability: int):
@@ -194,8 +195,7 @@ def compile_cases(capability: int):
         sizes = decoding_settings(D, torch.float32 if kind == "fp32" else torch.bfloat16, queries)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         types = {**dict.fromkeys(("q", "k", "v", "prompt_k", "prompt_v"), f"*{kind}"), "part": "*fp32",
-                 "part_lse": "*fp32", **dict.fromkeys(("lengths", "prompt_lengths", "owners"), "*i64"), "scale": "fp32",
-                 **strides}
+                 "part_lse": "*fp32", **dict.fromkeys(("lengths", "prompt_lengths", "owners"), "*i64"), **strides}
         constants = {"D": D, **sizes} | ({} if shared else dict.fromkeys(prompts))
         label = f"split {kind} D={D}, {queries} queries" + ", prompts" * shared
         yield label, split_kernel, {name: types[name] for name in types if name not in constants}, constants, options
