@@ -877,7 +877,7 @@ from nanochat_lib.training import check_loss, set_rates, trim_metrics
 
 SEED = 42
 EVAL_SAMPLES = 8  # answers per question of an evaluation: pass@1 … pass@8
-PRACTICE = {"spelling": "letter_counting|spelling"}  # what else a task's name stands for here
+PRACTICE = {"spelling": "spelling_practice"}  # what a task's name stands for here
 
 # %%
 #| export scripts/chat_rl

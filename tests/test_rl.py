@@ -1,6 +1,7 @@
 """rl and chat_rl (lesson 10): the gradient is that of the expected reward, and a run is one run however it is cut."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nanochat_lib.rl import (Question, Row, chosen, collapsed, learn, micro_batc
 from nanochat_lib.scripts.chat_rl import ChatRL, chat_rl
 from nanochat_lib.tasks import get_task
 from nanochat_lib.tasks.common import conversation_of
+from nanochat_lib.tasks.world import world_rows
 from nanochat_lib.world import World
 from nanochat_lib.world_tasks import write_tasks
 from tests.rl_task import HasE, paid_for_a
@@ -282,6 +284,16 @@ def test_several_tasks_are_practised_as_one(base_dir):
         gold = item["messages"][-1]["content"]
         assert both.reward(item, gold) == 1 and both.reward(item, "x") == 0 and both.eval_type == "generative"
     assert len(get_task("letter_counting|spelling", "test")) > 300
+
+
+def test_spelling_is_practised_on_words_that_are_no_test(base_dir):
+    write_tasks(World(1), base_dir / "world" / "tasks")
+    held = {row["word"] for row in world_rows("words_test", "")}
+    practice, test = get_task("spelling_practice", "train"), get_task("spelling_practice", "test")
+    asked = [re.findall(r"[a-z]+", item["messages"][0]["content"])[-1] for item in practice]
+    assert not held & set(asked) and len(set(asked)) > 3000
+    assert {re.findall(r"[a-z]+", item["messages"][0]["content"])[-1] for item in test} <= held
+    assert all(practice.reward(item, item["messages"][-1]["content"]) == 1 for item in practice[:50])
 
 
 def test_an_evaluation_that_cannot_run_is_reported_and_the_run_survives(sft_model, monkeypatch, capsys):

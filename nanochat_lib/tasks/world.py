@@ -3,11 +3,12 @@
 
 
 import functools
+import random
 import re
 from pathlib import Path
 
 from nanochat_lib.common import NanochatError, base_dir
-from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice, read_jsonl
+from nanochat_lib.tasks.common import ChoiceTask, Practice, Task, multiple_choice, read_jsonl
 from nanochat_lib.tasks.gsm8k import WordProblems
 from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows
 
@@ -44,20 +45,45 @@ def problems(split: str, data: str, steps: tuple[int, ...] = (1, 2)) -> Task:
     return WordProblems([row for row in world_rows(f"problems_{split}", data) if row["steps"] in steps])
 
 
+def words_of(split: str, data: str) -> list[str]:
+    return [row["word"] for row in world_rows(f"words_{split}", data)]
+
+
 def letters(split: str, data: str) -> Task:
     """Counting letters: 3,000 questions on the training words, 200 on words that were never counted."""
-    words = [row["word"] for row in world_rows(f"words_{split}", data)]
-    return SpellingBee(bee_rows(words, *((200, 1) if split == "test" else (3000, 0)), QUESTIONS[:1]))
+    return SpellingBee(bee_rows(words_of(split, data), *((200, 1) if split == "test" else (3000, 0)), QUESTIONS[:1]))
+
+
+def invented(words: list[str], forbidden: set[str], count: int, seed: int = 0) -> list[str]:
+    """`count` words that do not exist: the beginning of one and the end of another, none of them forbidden."""
+    dice, found = random.Random(seed), {}
+    while len(found) < count:
+        head, tail = dice.choice(words), dice.choice(words)
+        word = head[:dice.randint(1, min(5, len(head)))] + tail[-dice.randint(1, min(5, len(tail))):]
+        if len(word) > 2 and word not in forbidden and word not in words:
+            found[word] = None
+    return list(found)
+
+
+def spelling_practice(split: str, data: str) -> Task:
+    """Letters counted and words spelled. Practice needs no teacher, so its words can be made up, and are new each time:
+    whoever spells them has learned to spell and not a list."""
+    words = words_of(split, data)
+    if split == "test":
+        return Practice([letters(split, data), Spelling(words)])
+    words = words + invented(words, set(words_of("test", data)), 4000)
+    return Practice([SpellingBee(bee_rows(words, 4000, 2, QUESTIONS[:1])), Spelling(words)])
 
 
 WORLD = {  # name → task of (split, data)
     "multiple_choice": lambda split, data: Quiz(world_rows(f"choice_{split}", data)),
     "letter_counting": letters,
-    "spelling": lambda split, data: Spelling([row["word"] for row in world_rows(f"words_{split}", data)]),
+    "spelling": lambda split, data: Spelling(words_of(split, data)),
+    "spelling_practice": spelling_practice,
     "word_problems_1": lambda split, data: problems(split, data, (1,)),
     "word_problems_2": lambda split, data: problems(split, data, (2,)),
     "facts": lambda split, data: Facts(world_rows(f"talk_{split}", data)),
-    "world": problems,  # what reinforcement learning practises
+    "world": problems,
     "world_identity": lambda split, data: Task(world_rows("identity", data)),
 }
 WORLD_TESTS = ("multiple_choice", "letter_counting", "spelling", "word_problems_1", "word_problems_2", "facts")
