@@ -1855,8 +1855,7 @@ class Bench:
     def measure(self, part: str, case: str, contestants: dict[str, Callable], work: float | dict = 0, unit: str = "",
                 peaks: dict[str, float] | None = None) -> None:
         """Race these; `work` is what one run does, in FLOP or bytes, of all or of each; `peaks` their memory in MiB."""
-        late = time.monotonic() - self.begin > self.seconds
-        times, failed = ({}, dict.fromkeys(contestants, "no time was left")) if late else race(
+        times, failed = ({}, dict.fromkeys(contestants, "no time was left")) if self.late() else race(
             contestants, self.device, *((5, 0.5) if self.quick else (15, 1.0)))
         for name in contestants:
             row = {"part": part, "case": case, "way": name}
@@ -1875,6 +1874,9 @@ class Bench:
         rate = f"{row['rate']:9.1f} {row['unit']}" if "rate" in row else ""
         memory = f"  {row['peak_mib']:8.0f} MiB" if "peak_mib" in row else ""
         print0(f"{row['part']:20} {row['case']:22} {row['way']:24} {value}{rate}{memory}")
+
+    def late(self) -> bool:
+        return time.monotonic() - self.begin > self.seconds
 
     def get(self, part: str, case: str, way: str, what: str = "ms") -> float:
         """One measured figure; nan if it is not there."""
@@ -1971,7 +1973,7 @@ def loss_rows(bench: Bench, tokens: int, vocab: int, width: int) -> None:
     if on_gpu:
         contestants |= {"PyTorch, compiled": once(torch.compile(plain)), "in chunks": once(chunked_loss)}
     case, peaks = f"{tokens:,} × {vocab:,}", {}
-    for name, run in contestants.items() if on_gpu else ():
+    for name, run in contestants.items() if on_gpu and not bench.late() else ():
         try:
             run()
             torch.cuda.reset_peak_memory_stats()
@@ -2024,6 +2026,7 @@ def cpu_rows(bench: Bench) -> None:
 import importlib
 import importlib.util
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from math import isnan
@@ -2105,40 +2108,44 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def parts_for(bench: Bench) -> list[Callable[[], None]]:
+    """What this machine can race, the most telling first."""
+    if bench.device.type != "cuda":
+        return [lambda: cpu_rows(bench)] if bench.device.type == "cpu" else []
+    decoding = [lambda B=B, KVH=KVH: decoding_rows(bench, B, KVH=KVH) for B, KVH in ((1, 16), (64, 16), (64, 4))]
+    long = [] if bench.quick else [lambda: attention_rows(bench, 2, 8192, 2048, flex_full=False)]
+    return [lambda: roof_rows(bench), *decoding, lambda: attention_rows(bench, 8, 2048, 768, flex_full=not bench.quick),
+            *long, lambda: loss_rows(bench, 16384, 32768, 1536)]
+
+
 def kernel_bench(settings: Settings) -> None:
     """Race our kernels against PyTorch's and the roof; print, and save as JSON and PNG."""
     device = torch.device(pick_device(settings.device_type))
-    bench = Bench(device, settings.quick, settings.seconds)
     torch.manual_seed(0)
-    on_gpu, compiled = device.type == "cuda", []
-    if on_gpu:
-        roof_rows(bench)
-        for B, KVH in ((1, 16), (64, 16), (64, 4)):
-            decoding_rows(bench, B, KVH=KVH)
-        attention_rows(bench, 8, 2048, 768, flex_full=not settings.quick)
-        if not settings.quick:
-            attention_rows(bench, 2, 8192, 2048, flex_full=False)
-        loss_rows(bench, 16384, 32768, 1536)
-    elif device.type == "cpu":
-        cpu_rows(bench)
-        if settings.compile_figures and importlib.util.find_spec("triton"):
-            from nanochat_lib.kernels import compile_check
-
-            compiled = compile_check.check(compile_check.modules(), [90])
-            print0(compile_check.table(compiled))
-    chip = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
-    about = {"date": date.today().isoformat(), "chip": chip, "torch": torch.__version__, "triton": triton,
-             "threads": torch.get_num_threads()}
-    promises = targets(bench)
-    for row in promises:
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    about = {"date": date.today().isoformat(), "chip": chip, "torch": torch.__version__, "triton": triton}
+    bench, compiled = Bench(device, settings.quick, settings.seconds), []
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:  # after each part: what was measured stays
+        found = {"rows": bench.rows, "targets": targets(bench), "compiled": compiled}
+        write_json(settings.out.with_suffix(".json"), about | found)
+
+    for part in parts_for(bench):
+        part()
+        save()
+    if device.type == "cpu" and triton and settings.compile_figures:
+        from nanochat_lib.kernels import compile_check
+
+        compiled += compile_check.check(compile_check.modules(), [90])
+        print0(compile_check.table(compiled))
+        save()
+    for row in targets(bench):
         state = "not measured here" if isnan(row["measured"]) else "reached" if row["reached"] else "NOT reached"
         print0(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}  {state}")
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    written = about | {"rows": bench.rows, "targets": promises, "compiled": compiled}
-    write_json(settings.out.with_suffix(".json"), written)
     draw(bench, settings.out.with_suffix(".png"), " · ".join(f"{name} {value}" for name, value in about.items()))
-    print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if on_gpu else f"; the rest, {ON_GPU}"))
+    print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if device.type == "cuda" else f"; the rest, {ON_GPU}"))
 
 # %% [markdown]
 # ## Exercises
@@ -2147,6 +2154,9 @@ def kernel_bench(settings: Settings) -> None:
 #
 # 1. **Softmax in one pass** — the running maximum and the rescaling, by hand.
 # 2. **The window's tiles** — which tiles a block of queries visits, and which need a mask.
-# 3. **Attention** — causal, windowed, grouped: the function that the next lessons call.
+# 3. **The forward inner loop** — both together: one program of the kernel, exponentials in base 2.
+# 4. **One tile of the backward pass** — dk and dv from a logsumexp, without the other tiles.
+# 5. **The loss's gradient** — what the loss kernel writes over its logits.
+# 6. **Attention** — causal, windowed, grouped: the function that the next lessons call.
 #
 # **Next:** [04 · The model](04_gpt.ipynb), which needs this function once a layer.

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 03 · Exercises: attention
 #
-# The two ideas of a flash attention kernel, then the function itself. The lesson is
-# [03 · Attention](../lessons/03_attention.ipynb).
+# The ideas of a flash attention kernel one by one, the loss's gradient, then the function that the next lessons call. The
+# lesson is [03 · Attention](../lessons/03_attention.ipynb).
 
 # %%
 import torch
@@ -82,7 +82,101 @@ def tile_bounds(start, block_q, block_k, window):
 check.tile_bounds(tile_bounds)
 
 # %% [markdown]
-# ## 3 · Attention
+# ## 3 · The forward inner loop
+#
+# difficulty 4/5 · importance 5/5 · 30 minutes
+#
+# One program of the kernel, in plain PyTorch: the queries `q` (M, D) stand at positions `start … start + M − 1`.
+# `load(n)` brings tile n, keys and values (block_k, D) each, into the same memory as the tile before. Visit exactly the
+# tiles of exercise 2, keep a running maximum and sum of *each row*, and give the output (M, D) and the natural logsumexp
+# (M,).
+#
+# Write the exponentials as a GPU has them, in base 2: scores in units of log 2 are `q @ k.T · log2(e) / √D`, and then
+# `torch.exp2`. At the left edge of a window some rows see nothing of a tile: their maximum is still −∞.
+
+# %%
+LOG2E = 1.4426950408889634
+
+
+def forward_block(q, load, start, window, block_k):
+    """Output (M, D) and natural logsumexp (M,) of one block of queries; a query sees `window` keys before it, and itself."""
+    # BEGIN SOLUTION
+    M, D = q.shape
+    rows = start + torch.arange(M)
+    top, total, acc = torch.full((M,), -torch.inf), torch.zeros(M), torch.zeros(M, D)
+    for n in range(max(0, start - window) // block_k, (start + M - 1) // block_k + 1):
+        k, v = load(n)
+        distance = rows[:, None] - (n * block_k + torch.arange(block_k))
+        scores = (q @ k.T) * (LOG2E / D**0.5)
+        scores = scores.masked_fill((distance < 0) | (distance > window), -torch.inf)
+        new = torch.maximum(top, scores.amax(1))
+        reference = new.masked_fill(new == -torch.inf, 0.0)
+        weights, rescale = torch.exp2(scores - reference[:, None]), torch.exp2(top - reference)
+        total = total * rescale + weights.sum(1)
+        acc = acc * rescale[:, None] + weights @ v
+        top = new
+    return acc / total[:, None], (top + total.log2()) / LOG2E
+    # END SOLUTION
+
+# %%
+check.forward_block(forward_block)
+
+# %% [markdown]
+# ## 4 · One tile of the backward pass
+#
+# difficulty 4/5 · importance 4/5 · 25 minutes
+#
+# The backward kernel has kept no weights, only each row's logsumexp. For one block of queries (M) and one tile of keys
+# (N) give what this pair adds to the gradients of the tile's keys and values:
+#
+# $p = e^{s - \mathrm{lse}},\quad dv = p^\top do,\quad dp = do\, v^\top,\quad ds = p \circ (dp - \delta),\quad dk = ds^\top q / \sqrt D$
+#
+# where $s = q k^\top / \sqrt D$, weights of pairs that are not `seen` are zero, and $\delta_i = do_i \cdot o_i$. That is
+# $\sum_j p_{ij}\, dp_{ij}$ over *all* keys of the row, which this program does not have.
+
+# %%
+def key_gradients(q, k, v, out, grad, lse, seen):
+    """What a block of queries adds to (dk (N, D), dv (N, D)) of a tile.
+
+    q, out, grad (M, D): queries, their answers, the gradient of the loss by the answers; k, v (N, D); lse (M,) natural;
+    seen (M, N) bool. No autograd.
+    """
+    # BEGIN SOLUTION
+    scale = q.size(1) ** -0.5
+    p = torch.exp(q @ k.T * scale - lse[:, None]).masked_fill(~seen, 0.0)
+    delta = (grad * out).sum(1, keepdim=True)
+    ds = p * (grad @ v.T - delta)
+    return ds.T @ q * scale, p.T @ grad
+    # END SOLUTION
+
+# %%
+check.key_gradients(key_gradients)
+
+# %% [markdown]
+# ## 5 · The loss's gradient
+#
+# difficulty 3/5 · importance 4/5 · 20 minutes
+#
+# What the loss kernel writes over its logits. The loss is the mean, over the tokens that count, of the cross entropy (in
+# nats) of the bent logits $y = c \tanh(x / c)$; a target of −1 does not count. Give its gradient by the raw logits $x$. No
+# autograd.
+
+# %%
+def loss_gradient(logits, targets, cap=15.0):
+    """d mean loss / d logits (N, V), for raw logits (N, V) float32 and targets (N,) int64, −1 ignored."""
+    # BEGIN SOLUTION
+    bent = torch.tanh(logits / cap)
+    gradient = (cap * bent).softmax(1)
+    counts = targets >= 0
+    gradient[torch.arange(len(targets)), targets.clamp(min=0)] -= 1
+    return gradient * (1 - bent**2) * counts[:, None] / counts.sum().clamp(min=1)
+    # END SOLUTION
+
+# %%
+check.loss_gradient(loss_gradient)
+
+# %% [markdown]
+# ## 6 · Attention
 #
 # difficulty 2/5 · importance 5/5 · 20 minutes
 #

@@ -8,6 +8,7 @@
 import importlib
 import importlib.util
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from math import isnan
@@ -27,6 +28,7 @@ class Settings:
 
     out: Path = Path("build/kernels")  # writes OUT.json and OUT.png
     quick: bool = False  # T = 2,048 only, few rounds
+    seconds: float = 90.0  # races that would begin later are left out, and said so
     compile_figures: bool = True  # on a CPU: registers and shared memory, from the compiler
     device_type: str = ""
 
@@ -88,41 +90,44 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def parts_for(bench: Bench) -> list[Callable[[], None]]:
+    """What this machine can race, the most telling first."""
+    if bench.device.type != "cuda":
+        return [lambda: cpu_rows(bench)] if bench.device.type == "cpu" else []
+    decoding = [lambda B=B, KVH=KVH: decoding_rows(bench, B, KVH=KVH) for B, KVH in ((1, 16), (64, 16), (64, 4))]
+    long = [] if bench.quick else [lambda: attention_rows(bench, 2, 8192, 2048, flex_full=False)]
+    return [lambda: roof_rows(bench), *decoding, lambda: attention_rows(bench, 8, 2048, 768, flex_full=not bench.quick),
+            *long, lambda: loss_rows(bench, 16384, 32768, 1536)]
+
+
 def kernel_bench(settings: Settings) -> None:
     """Race our kernels against PyTorch's and the roof; print, and save as JSON and PNG."""
     device = torch.device(pick_device(settings.device_type))
-    bench = Bench(device, settings.quick)
     torch.manual_seed(0)
-    on_gpu, compiled = device.type == "cuda", []
-    if on_gpu:
-        roof_rows(bench)
-        for B in (1, 64):
-            decoding_rows(bench, B)
-        decoding_rows(bench, 64, KVH=4)
-        loss_rows(bench, 16384, 32768, 1536)
-        attention_rows(bench, 8, 2048, 768)
-        if not settings.quick:
-            attention_rows(bench, 2, 8192, 2048)
-    elif device.type == "cpu":
-        cpu_rows(bench)
-        if settings.compile_figures and importlib.util.find_spec("triton"):
-            from nanochat_lib.kernels import compile_check
-
-            compiled = compile_check.check(compile_check.modules(), [90])
-            print0(compile_check.table(compiled))
-    chip = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
-    about = {"date": date.today().isoformat(), "chip": chip, "torch": torch.__version__, "triton": triton,
-             "threads": torch.get_num_threads()}
-    promises = targets(bench)
-    for row in promises:
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    about = {"date": date.today().isoformat(), "chip": chip, "torch": torch.__version__, "triton": triton}
+    bench, compiled = Bench(device, settings.quick, settings.seconds), []
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:  # after each part: what was measured stays
+        found = {"rows": bench.rows, "targets": targets(bench), "compiled": compiled}
+        write_json(settings.out.with_suffix(".json"), about | found)
+
+    for part in parts_for(bench):
+        part()
+        save()
+    if device.type == "cpu" and triton and settings.compile_figures:
+        from nanochat_lib.kernels import compile_check
+
+        compiled += compile_check.check(compile_check.modules(), [90])
+        print0(compile_check.table(compiled))
+        save()
+    for row in targets(bench):
         state = "not measured here" if isnan(row["measured"]) else "reached" if row["reached"] else "NOT reached"
         print0(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}  {state}")
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    written = about | {"rows": bench.rows, "targets": promises, "compiled": compiled}
-    write_json(settings.out.with_suffix(".json"), written)
     draw(bench, settings.out.with_suffix(".png"), " · ".join(f"{name} {value}" for name, value in about.items()))
-    print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if on_gpu else f"; the rest, {ON_GPU}"))
+    print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if device.type == "cuda" else f"; the rest, {ON_GPU}"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Checks of lesson 03: softmax in one pass, the tiles of a window, attention."""
+"""Checks of lesson 03: softmax in one pass, tiles of a window, a forward and a backward tile, the loss, attention."""
 
 import torch
 import torch.nn.functional as F
 
+from nanochat_lib.course.attention_mistakes import (BACKWARD_MISTAKES, FORWARD_MISTAKES, LOG2E, LOSS_MISTAKES,
+                                                    key_gradients_with, loss_gradient_with, tiled)
 from nanochat_lib.course.grading import Wrong, exercise, expect, expect_close, expect_shape, expect_type
 
 
@@ -138,3 +140,118 @@ def attention(answer):
     expect(not torch.allclose(got.double(), reference(turned, k[:, :, :2], v[:, :, :2])[:, :, [0, 2, 1, 3]], atol=1e-4),
            "Four query heads on two key heads are paired 0 1 0 1: heads of one group are neighbours, 0 0 1 1.")
     expect_close(got, reference(q, k[:, :, :2], v[:, :, :2]), "Four query heads on two key heads disagree with PyTorch.")
+
+
+class Loader:
+    """load(n) of a block: tiles that it may visit, each in the same memory; it keeps which were visited."""
+
+    def __init__(self, k, v, n, first, end):
+        self.k, self.v, self.n, self.first, self.end, self.visited = k, v, n, first, end, []
+        self.room = torch.empty(2, n, k.size(1))
+
+    def __call__(self, number):
+        expect_type(number, int)
+        expect(self.first <= number < self.end, f"Tile {number} is visited, but only tiles {self.first} … {self.end - 1} hold "
+               "keys that a query of this block sees.")
+        self.visited.append(number)
+        self.room[0], self.room[1] = (x[number * self.n:(number + 1) * self.n] for x in (self.k, self.v))
+        return self.room[0], self.room[1]
+
+
+@exercise(difficulty=4, importance=5, minutes=30, hints=[
+    "The loop of exercise 1, with a maximum and a sum for each row: top (M,), total (M,), acc (M, D).",
+    "Positions: rows start + arange(M), keys n · block_k + arange(block_k); hide where their distance is < 0 or > window.",
+    "Subtract 0 instead of a maximum of −∞; at the end (top + log2(total)) / log2(e) is the natural logsumexp."])
+def forward_block(answer):
+    generator = torch.Generator().manual_seed(7)
+
+    def run(T, M, D, start, window, n):
+        q, k, v = (torch.randn(rows, D, generator=generator) for rows in (M, T, T))
+        q *= 3
+        load = Loader(k, v, n, max(0, start - window) // n, (start + M - 1) // n + 1)
+        got = answer(q, load, start, window, n)
+        expect_type(got, tuple)
+        expect(len(got) == 2, "Return two things: the output and the logsumexp.")
+        expect_shape(got[0], (M, D), torch.float32)
+        expect_shape(got[1], (M,), torch.float32)
+        missed = set(range(load.first, load.end)) - set(load.visited)
+        expect(not missed, f"Tiles {sorted(missed)} are never loaded, but hold keys that a query of this block sees.")
+        expect(len(load.visited) == load.end - load.first, "A tile is loaded twice: one pass must do.")
+        return got, (q, k, v, start, window, n)
+
+    got, case = run(T=1, M=1, D=16, start=0, window=4, n=1)
+    expect_close(got[0], case[2], "One query and one key: the answer is the key's value.")
+    for shape in (dict(T=32, M=4, start=28, window=32, n=4), dict(T=32, M=8, start=16, window=9, n=4)):
+        got, case = run(D=16, **shape)
+        expected = tiled(*case)
+        expect(bool(got[0].isfinite().all()), "Not-a-number: a row that has seen nothing yet has the maximum −∞, and −∞ − (−∞) "
+               "is undefined; subtract 0 there.")
+        for mistake, sentence in FORWARD_MISTAKES:
+            wrong = tiled(*case, **mistake)[0]
+            if not torch.allclose(wrong, expected[0], atol=1e-3):
+                expect(not torch.allclose(got[0].double(), wrong, atol=1e-4), sentence)
+        expect_close(got[0], expected[0], "The output disagrees with the softmax over all visible keys.", atol=1e-4)
+        expect(not torch.allclose(got[1].double(), expected[1] * LOG2E, atol=1e-4),
+               "The logsumexp is in units of log 2: divide by log2(e) to have it natural.")
+        expect_close(got[1], expected[1], "The logsumexp is wrong: the maximum plus the logarithm of the sum.", atol=1e-4)
+    for shape in (dict(T=40, M=8, start=32, window=0, n=8), dict(T=40, M=8, start=20, window=13, n=8)):
+        got, case = run(D=8, **shape)
+        expect_close(got[0], tiled(*case)[0], f"Wrong for {shape}.", atol=1e-4)
+
+
+@exercise(difficulty=4, importance=4, minutes=25, hints=[
+    "p is the weight itself, not one of this tile: exp of (q @ k.T / √D − lse[:, None]), zero where not seen.",
+    "δ = (grad * out).sum(1): one number a row.",
+    "dk sums over queries, so it is a product with ds transposed: ds.T @ q, times 1/√D."])
+def key_gradients(answer):
+    generator = torch.Generator().manual_seed(11)
+    M, D, T = 6, 16, 24
+    q, k, v, grad = (torch.randn(rows, D, generator=generator) for rows in (M, T, T, M))
+    visible = seen_by(T - M, M, 19, T)  # the last queries: the first tile cut by the window, the last by the diagonal
+    leaves = [x.double().requires_grad_() for x in (k, v)]
+    scores = (q.double() @ leaves[0].T / D**0.5).masked_fill(~visible, -torch.inf)
+    out, lse = scores.softmax(1) @ leaves[1], scores.logsumexp(1)
+    exact = torch.autograd.grad(out, leaves, grad.double())  # PyTorch's own gradients of all keys and values
+    for first in (8, 0, 16):
+        tile = slice(first, first + 8)
+        case = (q, k[tile], v[tile], out.detach().float(), grad, lse.detach().float(), visible[:, tile])
+        with torch.no_grad():
+            got = answer(*case)
+        expect_type(got, tuple)
+        expect(len(got) == 2, "Return two things: dk and dv.")
+        for name, part in zip(("dk", "dv"), got):
+            expect_type(part, torch.Tensor)
+            expect(part.shape == (8, D), f"{name} has shape {tuple(part.shape)}; it should be {(8, D)}, one row a key.")
+        for mistake, sentence in BACKWARD_MISTAKES:
+            wrong = key_gradients_with(*case, mistake)
+            if not all(torch.allclose(a, b[tile], atol=1e-3) for a, b in zip(wrong, exact)):
+                expect(not all(torch.allclose(a.double(), b, atol=1e-4) for a, b in zip(got, wrong)), sentence)
+        expect_close(got[1], exact[1][tile], "dv disagrees with autograd: it is pᵀ @ grad.", atol=1e-4)
+        expect_close(got[0], exact[0][tile], "dk disagrees with autograd: it is dsᵀ @ q / √D.", atol=1e-4)
+
+
+@exercise(difficulty=3, importance=4, minutes=20, hints=[
+    "By the bent logits: softmax(y), minus 1 at the target; then the chain rule through y = c · tanh(x / c).",
+    "dy/dx = 1 − tanh²(x / c).",
+    "Rows with target −1: all zero; the others divided by how many they are."])
+def loss_gradient(answer):
+    generator = torch.Generator().manual_seed(13)
+    logits = 12 * torch.randn(6, 9, generator=generator)
+    for targets in (torch.tensor([3, 0, -1, 8, 1, -1]), torch.tensor([2, 2, 2, 2, 2, 2]), torch.full((6,), -1)):
+        with torch.inference_mode():
+            got = answer(logits.clone(), targets.clone())
+        expect_shape(got, (6, 9), torch.float32)
+        expected = loss_gradient_with(logits, targets, 15.0)
+        if (targets >= 0).any():
+            wide = logits.double().requires_grad_()
+            loss = F.cross_entropy(15 * torch.tanh(wide / 15), targets, ignore_index=-1)
+            (expected,) = torch.autograd.grad(loss, wide)
+        expect(bool(got.isfinite().all()), "With no target that counts the gradient is zero, not a division by zero.")
+        for mistake, sentence in LOSS_MISTAKES:
+            wrong = loss_gradient_with(logits, targets, 15.0, mistake)
+            if not torch.allclose(wrong, expected, atol=1e-5):
+                expect(not torch.allclose(got.double(), wrong, atol=1e-6), sentence)
+        expect_close(got, expected, "The gradient disagrees with autograd's.", atol=1e-6)
+    got, expected = answer(logits, torch.tensor([3, 0, -1, 8, 1, -1]), 5.0), loss_gradient_with(
+        logits, torch.tensor([3, 0, -1, 8, 1, -1]), 5.0)
+    expect_close(got, expected, "With cap 5 it disagrees: is 15 written into your formula?", atol=1e-6)
