@@ -937,6 +937,7 @@ class ChatCli:
     """answer this and leave"""
     temperature: Annotated[float, arg(aliases=["-t"])] = 0.6
     top_k: Annotated[int, arg(aliases=["-k"])] = 50
+    top_p: float = 1.0
     max_tokens: Annotated[int, arg(aliases=["-m"])] = 512
     seed: int | None = None
     """the same answers each time; none: others"""
@@ -957,7 +958,8 @@ def answer(session: ChatSession, text: str) -> None:
 def chat_cli(settings: ChatCli) -> None:
     """Talk to a model in the terminal."""
     model = ChatModel.load(settings.source, settings.model_tag, settings.step, pick_device(settings.device_type))
-    session = ChatSession(model, Sampling(settings.temperature, settings.top_k, settings.max_tokens, settings.seed))
+    session = ChatSession(model, Sampling(settings.temperature, settings.top_k, settings.max_tokens, settings.seed,
+                                          settings.top_p))
     if settings.prompt:
         return answer(session, settings.prompt)
     with contextlib.suppress(ImportError):
@@ -1380,6 +1382,7 @@ def event_line(value: dict) -> str:
 
 # %%
 #| export scripts/chat_web
+import asyncio
 import hmac
 import json
 import os
@@ -1394,6 +1397,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tyro.conf import arg
 
@@ -1406,18 +1410,26 @@ from nanochat_lib.serving import Full, Job, Pool
 # %%
 #| export scripts/chat_web
 MAX_BYTES = 1 << 20  # of a request: far more than the limits of its messages let through
+SECONDS_TO_SEND = 20
 
 
 async def read_body(request: Request) -> dict:
-    """The JSON object of a request, of bounded size."""
+    """The JSON object of a request, of bounded size, sent in bounded time."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # a form on another web site cannot send this type, so it cannot make the model work
         raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BYTES:
-            raise ApiError(413, f"the request is larger than {MAX_BYTES:,} bytes")
+    async def receive() -> bytes:
+        data = b""
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BYTES:
+                raise ApiError(413, f"the request is larger than {MAX_BYTES:,} bytes")
+        return data
+
+    try:
+        data = await asyncio.wait_for(receive(), SECONDS_TO_SEND)
+    except (asyncio.TimeoutError, ClientDisconnect):
+        raise ApiError(408, f"the request was not whole within {SECONDS_TO_SEND} seconds") from None
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -1646,7 +1658,7 @@ class Results:
     """What the clients saw."""
 
     statuses: Counter = field(default_factory=Counter)  # of malformed requests
-    outcomes: Counter = field(default_factory=Counter)  # of proper ones: right, wrong, crossed, lost, refused, vanished
+    outcomes: Counter = field(default_factory=Counter)  # of others: right, wrong, crossed, lost, failed, refused, or left
     first_token: list[float] = field(default_factory=list)  # seconds until it came
     seconds: float = 0.0
     memory: list[int] = field(default_factory=list)  # bytes the server held after each quarter
@@ -1686,6 +1698,15 @@ class Load:
             except (OSError, IndexError, ValueError):
                 return 0, b""
 
+    async def break_off(self) -> None:
+        """Begin a request, and go away before it is whole."""
+        request = http(self.address, "POST", "/v1/chat/completions", json.dumps(GOOD).encode(), self.key)
+        _, writer = await asyncio.open_connection(self.host, self.port)
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            writer.write(request[:self.dice.randrange(1, len(request))])
+            await writer.drain()
+        self.results.outcomes["broken off"] += 1
+
     async def talk(self, request: str) -> None:
         """Send a proper request and read its stream; or leave in the middle."""
         leave = self.dice.randrange(1, 6) if self.dice.random() < self.vanish else 0  # after so many events
@@ -1723,6 +1744,8 @@ class Load:
         while tasks:
             if request := tasks.pop():
                 await self.talk(request)
+            elif self.dice.random() < self.vanish / 2:
+                await self.break_off()
             else:
                 status, _ = await self.ask("POST", "/v1/chat/completions", malformed(self.dice))
                 self.results.statuses[status] += 1
@@ -1874,7 +1897,7 @@ def report(settings: ChatLoad, results: Results) -> None:
     refused = ", ".join(f"{count} × {status}" for status, count in sorted(results.statuses.items()))
     print(f"{settings.clients} clients, {settings.requests:,} requests in {results.seconds:.1f} s: "
           f"{settings.requests / results.seconds:.0f} a second")
-    print(f"proper requests: {counts}\nmalformed requests: {refused}")
+    print(f"proper or left: {counts}\nmalformed, with the status they got: {refused}")
     print(f"time to the first token: median {results.quantile(0.5) * 1e3:.0f} ms, p99 {results.quantile(0.99) * 1e3:.0f} ms")
     if results.memory[0]:
         print("server's memory after each quarter: " + ", ".join(f"{size / 1e6:.0f}" for size in results.memory) + " MB")
@@ -1956,7 +1979,7 @@ figure, axes = plt.subplots(len(questions), figsize=(10, 6), sharey=True, layout
 for axis, question in zip(axes, questions):
     session.clear()
     answer = session.send(question)
-    ids = answer.prompt + [token.id for _, token in answer.said]
+    ids = answer.prompt + [token.id for _, token in answer.said][:40]
     seen = looks(gpt, ids, len(answer.prompt))
     words = [tokenizer.id_to_token(look.id).replace("\n", "⏎").replace("<|", "").replace("|>", "") for look in seen]
     own = [not token.forced for _, token in answer.said]

@@ -48,7 +48,7 @@ class Results:
     """What the clients saw."""
 
     statuses: Counter = field(default_factory=Counter)  # of malformed requests
-    outcomes: Counter = field(default_factory=Counter)  # of proper ones: right, wrong, crossed, lost, refused, vanished
+    outcomes: Counter = field(default_factory=Counter)  # of others: right, wrong, crossed, lost, failed, refused, or left
     first_token: list[float] = field(default_factory=list)  # seconds until it came
     seconds: float = 0.0
     memory: list[int] = field(default_factory=list)  # bytes the server held after each quarter
@@ -88,6 +88,15 @@ class Load:
             except (OSError, IndexError, ValueError):
                 return 0, b""
 
+    async def break_off(self) -> None:
+        """Begin a request, and go away before it is whole."""
+        request = http(self.address, "POST", "/v1/chat/completions", json.dumps(GOOD).encode(), self.key)
+        _, writer = await asyncio.open_connection(self.host, self.port)
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            writer.write(request[:self.dice.randrange(1, len(request))])
+            await writer.drain()
+        self.results.outcomes["broken off"] += 1
+
     async def talk(self, request: str) -> None:
         """Send a proper request and read its stream; or leave in the middle."""
         leave = self.dice.randrange(1, 6) if self.dice.random() < self.vanish else 0  # after so many events
@@ -125,6 +134,8 @@ class Load:
         while tasks:
             if request := tasks.pop():
                 await self.talk(request)
+            elif self.dice.random() < self.vanish / 2:
+                await self.break_off()
             else:
                 status, _ = await self.ask("POST", "/v1/chat/completions", malformed(self.dice))
                 self.results.statuses[status] += 1

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import socket
 
 import httpx
 import openai
@@ -103,6 +104,22 @@ def test_logprobs_are_the_models_own_whole_and_streamed(plain, tokenizer):
         assert math.isclose(entry["logprob"], logits[place - 1, token.id], abs_tol=2e-3)
         best = logits[place - 1].topk(3).values.tolist()
         assert [round(top["logprob"] - expected, 2) for top, expected in zip(entry["top_logprobs"], best)] == [0, 0, 0]
+
+
+# --- requests that do not come to an end -----------------------------------------------------------------------------
+
+def test_half_a_request_is_not_waited_for_for_ever(model, monkeypatch, capfd):
+    monkeypatch.setattr("nanochat_lib.scripts.chat_web.SECONDS_TO_SEND", 0.2)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with serving(model) as (url, pool):
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        with socket.create_connection(address, 10) as connection:
+            connection.sendall(head)
+            assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
+        with socket.create_connection(address, 10) as connection:
+            connection.sendall(head)
+        assert ask(url, "hello")["choices"][0]["finish_reason"] == "stop" and pool.stats()["failed"] == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # --- keys and other web sites ---------------------------------------------------------------------------------------

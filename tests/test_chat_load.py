@@ -17,12 +17,14 @@ from nanochat_lib.scripts.chat_load import ChatLoad, alone, bodies, chat_load, s
 
 def test_200_requests_of_32_clients_none_lost_none_crossed(capfd):
     chat_load(ChatLoad(requests=200))
-    out = capfd.readouterr().out
+    out, error = capfd.readouterr()
+    assert "Traceback" not in error and "Traceback" not in out, "clients that leave are no fault of the server's"
     assert re.search(r"32 clients, 200 requests in", out)
     right, vanished = (int(re.search(rf"(\d+) {word}", out)[1]) for word in ("right", "vanished"))
     assert right + vanished == 100 and vanished > 0
     statuses = dict((int(status), int(count)) for count, status in re.findall(r"(\d+) × (\d+)", out))
-    assert sum(statuses.values()) == 100 and all(400 <= status < 500 for status in statuses)
+    left = int(re.search(r"(\d+) broken off", out)[1])
+    assert left and sum(statuses.values()) + left == 100 and all(400 <= status < 500 for status in statuses)
     assert "p99" in out
     first, *_, last = map(int, re.search(r"each quarter: ([\d, ]+) MB", out)[1].split(", "))
     assert last - first < 40, "memory grows"

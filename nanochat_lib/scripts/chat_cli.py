@@ -61,6 +61,7 @@ class ChatCli:
     """answer this and leave"""
     temperature: Annotated[float, arg(aliases=["-t"])] = 0.6
     top_k: Annotated[int, arg(aliases=["-k"])] = 50
+    top_p: float = 1.0
     max_tokens: Annotated[int, arg(aliases=["-m"])] = 512
     seed: int | None = None
     """the same answers each time; none: others"""
@@ -79,7 +80,8 @@ def answer(session: ChatSession, text: str) -> None:
 def chat_cli(settings: ChatCli) -> None:
     """Talk to a model in the terminal."""
     model = ChatModel.load(settings.source, settings.model_tag, settings.step, pick_device(settings.device_type))
-    session = ChatSession(model, Sampling(settings.temperature, settings.top_k, settings.max_tokens, settings.seed))
+    session = ChatSession(model, Sampling(settings.temperature, settings.top_k, settings.max_tokens, settings.seed,
+                                          settings.top_p))
     if settings.prompt:
         return answer(session, settings.prompt)
     with contextlib.suppress(ImportError):

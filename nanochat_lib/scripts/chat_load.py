@@ -126,7 +126,7 @@ def report(settings: ChatLoad, results: Results) -> None:
     refused = ", ".join(f"{count} × {status}" for status, count in sorted(results.statuses.items()))
     print(f"{settings.clients} clients, {settings.requests:,} requests in {results.seconds:.1f} s: "
           f"{settings.requests / results.seconds:.0f} a second")
-    print(f"proper requests: {counts}\nmalformed requests: {refused}")
+    print(f"proper or left: {counts}\nmalformed, with the status they got: {refused}")
     print(f"time to the first token: median {results.quantile(0.5) * 1e3:.0f} ms, p99 {results.quantile(0.99) * 1e3:.0f} ms")
     if results.memory[0]:
         print("server's memory after each quarter: " + ", ".join(f"{size / 1e6:.0f}" for size in results.memory) + " MB")

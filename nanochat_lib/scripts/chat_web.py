@@ -2,6 +2,7 @@
 """Serve a model: one web page to chat on, and OpenAI's chat-completions API for any client."""
 
 
+import asyncio
 import hmac
 import json
 import os
@@ -16,6 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tyro.conf import arg
 
@@ -27,18 +29,26 @@ from nanochat_lib.serving import Full, Job, Pool
 
 
 MAX_BYTES = 1 << 20  # of a request: far more than the limits of its messages let through
+SECONDS_TO_SEND = 20
 
 
 async def read_body(request: Request) -> dict:
-    """The JSON object of a request, of bounded size."""
+    """The JSON object of a request, of bounded size, sent in bounded time."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # a form on another web site cannot send this type, so it cannot make the model work
         raise ApiError(415, "send JSON, with the header Content-Type: application/json")
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BYTES:
-            raise ApiError(413, f"the request is larger than {MAX_BYTES:,} bytes")
+    async def receive() -> bytes:
+        data = b""
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BYTES:
+                raise ApiError(413, f"the request is larger than {MAX_BYTES:,} bytes")
+        return data
+
+    try:
+        data = await asyncio.wait_for(receive(), SECONDS_TO_SEND)
+    except (asyncio.TimeoutError, ClientDisconnect):
+        raise ApiError(408, f"the request was not whole within {SECONDS_TO_SEND} seconds") from None
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
