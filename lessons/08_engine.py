@@ -25,6 +25,7 @@
 #
 # First a small model with random weights to try things on. Speed does not depend on what a model knows.
 
+
 # %%
 import time
 
@@ -64,16 +65,15 @@ for axes, title in ((left, "recomputing"), (right, "with a cache")):
     axes.set(title=f"{title}: {int((work > 0).sum())} positions computed", xlabel="position (tokens)")
 _ = left.set_ylabel("forward pass")
 
+
 # %% [markdown]
 # ## The cache
 #
-# A batch holds rows of different lengths, so each row writes at its own place. Four things to note in the code:
+# Prompts of different length are read together, padded on the right. Three things to note in the code:
 #
 # - Position comes last but one, so that one head's keys lie in one piece of memory, as attention reads them.
-# - Prompts of different length are prefilled together, padded on the right. What the padding writes lies behind the row's end and is
-#   overwritten before anything sees it.
+# - What the padding writes lies behind the row's end and is overwritten before anything sees it.
 # - The smear of lesson 04 wants the previous token's embedding: one more vector per row.
-# - A finished row leaves a hole. The last row moves into it: one copy, and the batch stays dense.
 
 # %%
 #| export kv_cache
@@ -134,22 +134,6 @@ class KVCache:
         self.longest += T
         self.counts = None
 
-    def append_rows(self, source: "KVCache", rows: list[int], at: int) -> None:
-        """Copy `rows` of `source` behind the first `at` rows: one prompt may serve many."""
-        self.allocate(source.store[0, 0].transpose(1, 2))
-        index, end = torch.tensor(rows, device=source.store.device), source.longest
-        self.store[:, :, at:at + len(rows), :, :end] = source.store[:, :, :, :, :end].index_select(2, index)
-        self.longest = max(self.longest, end)
-        previous = source.previous[index]
-        self.previous = torch.cat((self.previous[:at], previous)) if at else previous
-
-    def close_holes(self, source: list[int], target: list[int], keep: int) -> None:
-        """Copy rows `source` over the finished rows `target`; the first `keep` rows remain."""
-        if source:
-            self.store[:, :, target, :, :self.longest] = self.store[:, :, source, :, :self.longest]
-            self.previous[target] = self.previous[source]
-        self.previous = self.previous[:keep]
-
 # %%
 #| export kv_cache
 def cache_bytes(config: GPTConfig, rows: int, capacity: int, bytes_per_number: int = 4) -> int:
@@ -166,6 +150,7 @@ with torch.inference_mode():
     logits = model(torch.stack((ids[0, 5:6], ids[1, 8:9])), kv_cache=cache)[:, 0]  # one more token each
     expected = torch.stack((model(ids[:1, :6])[0, -1], model(ids[1:, :9])[0, -1]))
 assert cache.lengths.tolist() == [6, 9] and torch.allclose(logits, expected, atol=1e-5)
+
 
 # %% [markdown]
 # What does it cost? Two numbers (key and value) per layer, head, channel and position. The memory of a GPU is shared by weights
@@ -199,6 +184,44 @@ for name, dial in dials.items():
 update()
 widgets.VBox([*dials.values(), result])
 
+
+# %% [markdown]
+# ## Why decoding is bound by memory
+#
+# To multiply a matrix with one vector, every weight is read and used once: two operations for each number read. A processor can do ten to
+# a hundred times as many in that time. With more vectors the matrix is still read once, so for a while **more rows cost nothing**: the
+# step takes as long as reading takes. Only then does arithmetic become the bound, and the time grows with the rows. Measured on a matrix of
+# 64 MB, too large for any cache of the processor:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+def seconds(run, repeats=7):
+    """The least time of several runs."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+matrix, rows = torch.randn(4096, 4096), [1, 2, 4, 8, 16, 32, 64, 128]
+read = seconds(lambda: matrix.sum())  # reads it, and hardly computes
+took = [seconds(lambda: torch.randn(n, 4096) @ matrix) for n in rows]
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+left.loglog(rows, [1000 * t for t in took], "o-", label="a step")
+left.axhline(1000 * read, color="grey", ls=":", label="reading the matrix")
+left.set(xlabel="rows", ylabel="milliseconds", xticks=rows, xticklabels=rows)
+left.legend()
+right.loglog(rows, [n / t for n, t in zip(rows, took)], "o-")
+right.set(xlabel="rows", ylabel="vectors per second", xticks=rows, xticklabels=rows)
+plt.show()
+print(f"one row: {matrix.nbytes / took[0] / 1e9:.0f} GB/s; 128 rows: {2 * 128 * matrix.numel() / took[-1] / 1e9:.0f} GFLOP/s, "
+      f"{128 * took[0] / took[-1]:.0f} times the vectors of one row")
+
+# %% [markdown]
+# Hence the two aims of this lesson: few bytes and few operations for one row, and as many rows as possible in a step.
+
 # %% [markdown]
 # ## From logits to a token
 #
@@ -214,6 +237,44 @@ for panel, (temperature, k) in zip(axes, ((1.0, 10), (0.5, 10), (2.0, 10), (1.0,
     panel.set(xticks=range(0, 10, 3), title=f"temperature {temperature}" + (f", top-k {k}" if k < 10 else ""), xlabel="token, by rank")
 _ = axes[0].set_ylabel("probability")
 
+
+# %% [markdown]
+# Try it on the same ten tokens. The function says what a token's chance is; the dials only show it.
+
+# %%
+def chances(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Probabilities (V,) with which tokens are drawn. logits (V,), in falling order here."""
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    kept = logits / temperature
+    if top_k:
+        kept = kept.masked_fill(torch.arange(len(logits)) >= top_k, -torch.inf)
+    p = kept.softmax(0)
+    return (p * (p.cumsum(0) - p < top_p)) / p[p.cumsum(0) - p < top_p].sum()
+
+
+assert chances(logits, top_k=3).count_nonzero() == 3 and abs(chances(logits, 0.5, 4, 0.9).sum() - 1) < 1e-6
+print("top-p 0.9 keeps", [int(chances(logits, t, top_p=0.9).count_nonzero()) for t in (0.5, 1.0, 2.0)], "tokens at temperature 0.5, 1, 2")
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+knobs = {"temperature": widgets.FloatSlider(1.0, min=0, max=2, step=0.1), "top_k": widgets.IntSlider(0, min=0, max=10),
+         "top_p": widgets.FloatSlider(1.0, min=0.05, max=1, step=0.05)}
+bars = widgets.HTML()
+
+
+def redraw(change=None):
+    p = chances(logits, **{name: knob.value for name, knob in knobs.items()})
+    bars.value = "".join(f'<div style="font-family: monospace">{i} <span style="display: inline-block; background: #4a90d9; '
+                         f'width: {300 * x:.0f}px">&nbsp;</span> {x:.0%}</div>' for i, x in enumerate(p.tolist()))
+
+
+for name, knob in knobs.items():
+    knob.description = name
+    knob.observe(redraw, "value")
+redraw()
+widgets.HBox([widgets.VBox([*knobs.values()]), bars])
+
 # %% [markdown]
 # Drawing from them needs chance, and chance is a trap in a batch: with one generator for all rows, an answer would change with
 # its neighbours. Here each row has a key made of its prompt, seed and sample number, and the noise of its n-th token is a *hash* of key and
@@ -222,6 +283,7 @@ _ = axes[0].set_ylabel("probability")
 # How to draw with noise: add to each logit a number −log(−log u), u uniform, and take the largest. That is an exact draw from the softmax
 # (Gumbel's trick). It beats throwing a dart at the cumulated probabilities, where each of 32,768 borders is a place at which rounding
 # can tip the choice; here only the two best compete.
+
 
 # %%
 #| export sampling
@@ -251,7 +313,8 @@ def gumbel(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     u = (x >> 9).float().add_(0.5).mul_(2.0**-23).add_(0.5)  # inside (0, 1), exact in float32
     return u.log_().neg_().log_().neg_()
 
-
+# %%
+#| export sampling
 def sample(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None) -> torch.Tensor:
     """One token per row of logits (B, V), with the randomness of seeds (B,) int32 → (B,) int64.
@@ -271,6 +334,14 @@ def sample(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, 
         logits = logits.masked_fill(p.cumsum(dim=-1) - p >= top_p, -torch.inf)
     place = (logits + gumbel(seeds, ids)).argmax(dim=-1, keepdim=True)
     return ids.expand_as(logits).gather(-1, place)[:, 0]
+
+
+def pick(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+         top_p: float | None = None) -> torch.Tensor:
+    """Sampled tokens and their log-probabilities by the model itself, before temperature and top-k: (2, B) float64."""
+    ids = sample(logits, seeds, temperature, top_k, top_p)
+    logprobs = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    return torch.stack((ids.double(), logprobs.double()))
 
 # %%
 rows = 100_000
@@ -370,34 +441,25 @@ axes.set(xlim=(-1.2, 2.4), ylim=(-0.7, 1.1))
 axes.axis("off")
 plt.show()
 
+
 # %% [markdown]
-# ## Rows that come and go
+# ## Requests
 #
-# Answers differ in length. If a batch waits for its longest answer, most of it computes nothing. In **continuous batching** a finished
-# row leaves at once and a waiting request takes its place. A request says what is wanted; the batch holds all that runs.
+# Answers differ in length. If a batch waits for its longest answer, most of it computes nothing. In **continuous batching** a finished row
+# leaves at once and a waiting request takes its place. First what is asked, and what comes back:
 
 # %%
-#| export batch
-"""A running batch: requests join when rows are free, leave when finished, and may call the calculator."""
+#| export request
+"""What is asked of an engine, and what comes back."""
 
 import hashlib
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
-import torch
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.kv_cache import KVCache
-from nanochat_lib.sampling import draw_seeds, sample
-
-if TYPE_CHECKING:
-    from nanochat_lib.engine import Engine
 
 # %%
-#| export batch
+#| export request
 @dataclass(frozen=True)
 class Token:
     """One token of an answer as it comes; the last one says why it is the last."""
@@ -420,7 +482,8 @@ class Completion:
     finish_reason: str  # "stop", "length", "context" or "cancelled"
     stop_token: int | None = None
 
-
+# %%
+#| export request
 @dataclass(eq=False)
 class Request:
     """One row of a batch: what is wanted and, once it has left the batch, its completion. NanochatError without a prompt."""
@@ -434,7 +497,9 @@ class Request:
     sample: int = 0  # which of several answers to this prompt
     watch: Callable[[Token], None] | None = None  # called with every token as it comes
     top: int = 0  # how many alternatives a watched token carries
+    stop: tuple[int, ...] = ()  # tokens that end this answer, besides <|assistant_end|> and <|bos|>
     completion: Completion | None = None
+    shared: int | None = None  # tokens of the prompt kept once for several rows; None: not looked at yet
 
     def __post_init__(self):
         if not self.prompt:
@@ -448,42 +513,1056 @@ class Request:
         text = f"{self.seed} {self.sample} {self.prompt}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
+    def tail(self) -> int:
+        """Tokens of the prompt that the row holds alone."""
+        return len(self.prompt) - (self.shared or 0)
+
 # %% [markdown]
-# One step: sample every row, note the tokens, let the tools speak, drop what is finished, run the model on the rest. All of it
-# works on whole arrays. Python looks at single rows only where something special happened, and the host waits for the
-# device once per step, for the chosen tokens.
+# While it runs, the host keeps notes on each row: tokens so far, budget, and the state machine above. All of it works on whole arrays; Python
+# looks at single rows only where something special happened.
+
+# %%
+#| export notes
+"""What the host knows of the running rows: their tokens so far, their budgets, and the state of their tool calls."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanochat_lib.request import Completion, Request
+from nanochat_lib.sampling import draw_seeds
+
+if TYPE_CHECKING:
+    from nanochat_lib.engine import Engine
+
+# %%
+#| export notes
+class Notes:
+    """Notes on up to `rows` running rows of up to `width` tokens of answer each.
+
+    Row i of the batch keeps its notes on line `line[i]`, so that rows can move without them.
+    """
+
+    def __init__(self, rows: int, width: int):
+        self.running: list[Request] = []
+        self.line, self.free = np.zeros(rows, np.int64), list(range(rows))
+        self.keys = np.zeros(rows, np.uint64)
+        self.lengths, self.shared, self.counts, self.budgets, self.calls, self.forced_until = np.zeros((6, rows), np.int64)
+        self.tokens = np.zeros((rows, width), np.int64)
+        self.mask, self.logprobs = np.zeros(self.tokens.shape, np.int64), np.zeros(self.tokens.shape)
+
+    def join(self, request: Request, budget: int) -> None:
+        """A request becomes the last row; it may say `budget` tokens."""
+        line = self.line[len(self.running)] = self.free.pop()
+        self.running.append(request)
+        self.keys[line], self.lengths[line], self.shared[line] = request.key(), len(request.prompt), request.shared or 0
+        self.counts[line], self.budgets[line], self.calls[line], self.forced_until[line] = 0, budget, -1, 0
+
+    @property
+    def lines(self) -> np.ndarray:
+        return self.line[:len(self.running)]
+
+    def seeds(self) -> np.ndarray:
+        """Fresh bits for the coming token of each row."""
+        return draw_seeds(self.keys[self.lines], self.counts[self.lines])
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For Slots.feed: each row's last token, how many tokens its tail holds before it, how many it shares."""
+        line = self.lines
+        counts, shared = self.counts[line], self.shared[line]
+        return self.tokens[line, counts - 1], self.lengths[line] + counts - 1 - shared, shared
+
+    def write(self, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Note a token of each row, forced ones in place of sampled ones; returns tokens, log-probabilities and forced (B,)."""
+        line = self.lines
+        counts = self.counts[line]
+        forced = counts < self.forced_until[line]
+        tokens, logprobs = np.where(forced, self.tokens[line, counts], tokens), np.where(forced, 0.0, logprobs)
+        self.tokens[line, counts], self.mask[line, counts], self.logprobs[line, counts] = tokens, ~forced, logprobs
+        self.counts[line] = counts + 1
+        return tokens, logprobs, forced
+
+    def ended(self, engine: "Engine", tokens: np.ndarray, forced: np.ndarray) -> dict[int, str]:
+        """{row: finish reason} of rows that end with these tokens. Tool calls are followed, and answered, on the way."""
+        line, ended = self.lines, {}
+        counts = self.counts[line]
+        for row in np.flatnonzero(counts >= self.budgets[line]).tolist():
+            ended[row] = "length" if counts[row] == self.running[row].max_tokens else "context"
+        for row in np.flatnonzero(engine.notable[tokens] & ~forced).tolist():
+            if tokens[row] in engine.stops:
+                ended[row] = "stop"
+            else:
+                self.follow_call(engine, line[row], tokens[row])
+        for row, request in enumerate(self.running):
+            if request.stop and tokens[row] in request.stop and not forced[row]:
+                ended[row] = "stop"
+        return ended
+
+    def follow_call(self, engine: "Engine", line: int, token: int) -> None:
+        """The tool state machine: a call's start is noted; its end puts the result into the stream."""
+        count = self.counts[line]
+        if token == engine.python_start:  # a second start begins the call anew
+            self.calls[line] = count
+        elif self.calls[line] >= 0:  # python_end of an open call
+            said = engine.answer_call(self.tokens[line, self.calls[line]:count - 1].tolist())
+            said = said[:self.budgets[line] - count]
+            self.tokens[line, count:count + len(said)] = said
+            self.calls[line], self.forced_until[line] = -1, count + len(said)
+
+    def completion(self, row: int, reason: str) -> Completion:
+        """A row's answer; a stop token is not part of it."""
+        line = self.line[row]
+        count = self.counts[line] - (reason == "stop")
+        notes = (notes[line, :count].tolist() for notes in (self.tokens, self.mask, self.logprobs))
+        return Completion(*notes, reason, int(self.tokens[line, count]) if reason == "stop" else None)
+
+    def leave(self, ended: list[int], movers: list[int], holes: list[int]) -> None:
+        """Ended rows go; the rows `movers` take the places `holes`, and the batch is dense again."""
+        keep = len(self.running) - len(ended)
+        self.free += self.line[ended].tolist()
+        self.line[holes] = self.line[movers]
+        for hole, mover in zip(holes, movers):
+            self.running[hole] = self.running[mover]
+        del self.running[keep:]
+
+# %% [markdown]
+# ## Prompts that begin alike
+#
+# Sixteen answers to one question hold the same prompt sixteen times; a thousand chats begin with the same instructions. Such a
+# beginning needs to be computed only once, and kept only once: it never changes, since no token sees a later one. What a row adds
+# is its own (**copy on write** at the finest grain: nothing is ever copied). Which prompts share how much? In sorted order, those that begin
+# alike are neighbours.
+
+# %%
+#| export sharing
+"""Which prompts begin alike, and by how much it pays to keep that beginning once."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from nanochat_lib.request import Request
+
+# %%
+#| export sharing
+LEAST = 16  # a beginning shorter than this is not worth a place of its own
+
+
+def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens two prompts have in common at their beginning."""
+    if a == b:
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@dataclass
+class Group:
+    """Prompts with a common beginning of `length` tokens, `uses` rows in all."""
+
+    length: int
+    uses: int
+    prompts: list[tuple[int, ...]]
+
+    @property
+    def saved(self) -> int:
+        """Positions that are kept once instead of in every row."""
+        return self.length * (self.uses - 1)
+
+# %%
+#| export sharing
+def shared_beginnings(prompts: Counter[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """How many tokens each prompt shares with others (0: none), given how many rows want it.
+
+    In sorted order, prompts that begin alike are neighbours; a prompt joins the group before it if that saves more.
+    """
+    groups: list[Group] = []
+    for prompt in sorted(prompts):
+        new = Group(len(prompt), prompts[prompt], [prompt])
+        if groups:
+            last = groups[-1]
+            both = Group(common(last.prompts[0][:last.length], prompt), last.uses + new.uses, [*last.prompts, prompt])
+            if both.length >= LEAST and both.saved >= last.saved + new.saved:
+                groups[-1] = both
+                continue
+        groups.append(new)
+    return {prompt: group.length if group.uses > 1 and group.length >= LEAST else 0
+            for group in groups for prompt in group.prompts}
+
+
+def plan(requests: list[Request], kept: list[tuple[int, ...]] = ()) -> None:
+    """Set `shared` of requests that have not been looked at: first what is `kept` already, then what they have in common."""
+    new = [request for request in requests if request.shared is None]
+    wanted = Counter(tuple(request.prompt) for request in new)
+    lengths = {prompt: max((len(head) for head in kept if prompt[:len(head)] == head), default=0) for prompt in wanted}
+    lengths |= shared_beginnings(Counter({prompt: n for prompt, n in wanted.items() if not lengths[prompt]}))
+    for request in new:
+        request.shared = lengths[tuple(request.prompt)]
+
+# %%
+rules = tuple(range(100, 140))  # instructions of 40 tokens before every question
+wanted = Counter({rules + (1, 2, 3): 16, rules + (7,): 4, rules + (8, 9): 1, (5,) * 30: 1, (6,) * 50: 2})
+for prompt, shared in shared_beginnings(wanted).items():
+    print(f"{wanted[prompt]:2} rows want a prompt of {len(prompt)} tokens: {shared} shared")
+
+# %% [markdown]
+# Attention of a row is now a sum over two places. A softmax can be taken apart: for the keys of each place, keep the sum of e^score · value and
+# the sum of e^score. Both sums add up, and their quotient is the attention over all keys:
+#
+# $$\frac{\sum_{\text{shared}} e^{s_i} v_i + \sum_{\text{own}} e^{s_j} v_j}{\sum_{\text{shared}} e^{s_i} + \sum_{\text{own}} e^{s_j}}$$
+#
+# For the shared part, the queries of all its rows meet the same keys: a product of matrices, which reads the keys once for sixteen rows (Hydragen,
+# Juravsky et al., arXiv 2402.05099). The memory of a batch, then: a fixed number of rows and of shared beginnings, made once.
+# Nothing changes its place, and who does not fit waits.
+
+# %%
+#| export slots
+"""The memory of a running batch: what each row holds alone, and beginnings that several rows share."""
+
+import numpy as np
+import torch
+
+from nanochat_lib.gpt import GPT
+from nanochat_lib.kv_cache import KVCache
+
+# %%
+#| export slots
+class Slots:
+    """Keys and values of up to `rows` running rows, each alone or behind one of `prefixes` shared beginnings.
+
+    tails and heads are (layer, 2, row or prefix, kv head, position, head dim): each row's own part, and the shared parts, kept once
+    however many rows stand on them and never written again. Nothing changes its place or shape, as CUDA graphs want it.
+    Places behind an end may hold anything finite: they are written before they are seen.
+    """
+
+    def __init__(self, model: GPT, rows: int, capacity: int, prefixes: int = 0, prefix_capacity: int = 0):
+        config, self.device = model.config, model.lm_head.weight.device
+        self.rows, self.capacity, self.prefixes, self.prefix_capacity = rows, capacity, prefixes, prefix_capacity
+        place = dict(dtype=model.dtype, device=self.device)
+        self.tails, self.heads = (torch.zeros(config.n_layer, 2, n, config.n_kv_head, positions, config.head_dim, **place)
+                                  for n, positions in ((rows, capacity), (prefixes, prefix_capacity)))
+        self.previous = torch.zeros(rows, config.n_embd, **place)  # each row's last embedding before smear
+        self.head_previous = torch.zeros(prefixes, config.n_embd, **place)
+        self.head_logits = torch.zeros(prefixes, config.vocab_size, device=self.device)  # after each beginning
+        self.head_lengths = torch.zeros(prefixes + 1, dtype=torch.int64, device=self.device)  # the last one: no beginning
+        self.inputs = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
+        self.ids, self.lengths, self.offsets, self.owners = self.inputs  # coming token, tokens in the tail, shared, where
+        self.places = torch.arange(max(capacity, prefix_capacity), device=self.device)
+        self.longest = 0  # max(lengths), known without asking the device
+        self.members: torch.Tensor | None = None  # (prefixes, n) rows that stand on each, padded with −1
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows and beginnings."""
+        self.shares = np.full(self.rows, -1)  # the beginning each row stands on, or −1
+        self.known: dict[tuple[int, ...], int] = {}  # beginnings and their places, the one used last at the end
+        self.users = [0] * self.prefixes
+
+    def claim(self, head: tuple[int, ...]) -> bool | None:
+        """One more row will stand on `head`: True if it is here, False if it is to be filled, None if there is no place for it."""
+        place = self.known.pop(head, None)
+        here = place is not None
+        if not here and len(head) <= self.prefix_capacity:
+            place = next((place for place in range(self.prefixes) if place not in self.known.values()), None)
+            if place is None and (unused := [old for old, place in self.known.items() if not self.users[place]]):
+                place = self.known.pop(unused[0])  # the one used least recently
+        if place is None:
+            return None
+        self.known[head] = place
+        self.users[place] += 1
+        return here
+
+    def keep_head(self, place: int, cache: KVCache, row: int, length: int, logits: torch.Tensor) -> None:
+        """Copy a beginning out of a prefill."""
+        self.heads[:, :, place, :, :length] = cache.store[:, :, row, :, :length].transpose(0, 1)
+        self.head_previous[place], self.head_logits[place], self.head_lengths[place] = cache.previous[row], logits, length
+
+    def fill(self, cache: KVCache, places: list[int], lengths: list[int]) -> None:
+        """Begin a cache of len(places) rows with these shared beginnings."""
+        cache.allocate(self.heads[0, 0].transpose(1, 2))
+        for row, (place, length) in enumerate(zip(places, lengths)):
+            cache.store[:, :, row, :, :length] = self.heads[:, :, place, :, :length].transpose(0, 1)
+        cache.previous = self.head_previous[places]
+
+    def keep_tails(self, at: int, cache: KVCache, source: list[int], start: int = 0, end: int | None = None) -> None:
+        """Copy rows `source` of a prefill, from position `start` to `end`, to the rows from `at` on: one prompt may serve many."""
+        end, rows = cache.longest if end is None else end, slice(at, at + len(source))
+        index = torch.tensor(source, device=self.device)
+        for layer, tails in enumerate(self.tails[:, :, rows, :, :end - start]):
+            tails.copy_(cache.store[:, layer, :, :, start:end].index_select(1, index))
+        self.previous[rows], self.longest = cache.previous[index], max(self.longest, end - start)
+
+    def stand(self, at: int, places: list[int]) -> None:
+        """The rows from `at` on stand on these shared beginnings, whose users were counted when the places were claimed."""
+        self.shares[at:at + len(places)] = places
+
+    def leave(self, row: int) -> None:
+        """This row has ended; its beginning stays as long as its place is not needed."""
+        if self.shares[row] >= 0:
+            self.users[self.shares[row]] -= 1
+            self.shares[row] = -1
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copy rows `source` over the rows `target`, which have ended."""
+        if source:
+            self.tails[:, :, target, :, :self.longest + 1] = self.tails[:, :, source, :, :self.longest + 1]
+            self.previous[target] = self.previous[source]
+            self.shares[target], self.shares[source] = self.shares[source], -1
+
+    def group(self, B: int) -> None:
+        """Note which of the first B rows stand on which beginning."""
+        used, self.members = self.shares[:B], None
+        if used.max(initial=-1) >= 0:
+            rows = [np.flatnonzero(used == place) for place in range(used.max() + 1)]
+            members = np.full((len(rows), max(map(len, rows))), -1)
+            for place, found in enumerate(rows):
+                members[place, :len(found)] = found
+            self.members = torch.from_numpy(members).to(self.device)
+
+    def feed(self, ids: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
+        """Set the coming tokens and what the first len(ids) rows hold: one copy to the device."""
+        self.longest, self.host_lengths = int(lengths.max()), lengths
+        owners = self.shares[:len(ids)] % (self.prefixes + 1)  # −1 becomes the last
+        self.inputs[:, :len(ids)].copy_(torch.from_numpy(np.stack((ids, lengths, offsets, owners))), non_blocking=True)
+
+# %%
+#| export lookback
+"""Attention of one new token per row to all that its row holds, its own part and the beginning it shares."""
+
+import torch
+from torch import Tensor
+
+from nanochat_lib.attention import HAVE_TRITON, cached_attention
+from nanochat_lib.gpt import GPTConfig, window_sizes
+from nanochat_lib.slots import Slots
+
+# %%
+#| export lookback
+SPAN = 16  # rows whose attention is worth calls of their own
+
+
+def look_back(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ e^score · v (N, n, D) and Σ e^score (N, n, 1) of queries (N, n, D) over keys and values (N, S, D), in float32.
+
+    Normed queries and keys bound a score by 1.44 √D, so e^score needs no maximum taken off, and two such pairs simply add up.
+    """
+    scores = torch.baddbmm(bias, q.float(), k.float().transpose(1, 2), alpha=q.size(-1) ** -0.5).exp_()
+    return torch.bmm(scores, v.float()), scores.sum(-1, keepdim=True)
+
+
+def seen_bias(queries: Tensor, keys: Tensor, ends: Tensor, window: int, heads: int, group: int) -> Tensor:
+    """0 where a query sees a key, −∞ elsewhere. Positions of queries and ends (N, n), keys (S,) → (N · heads, n · group, S)."""
+    seen = (keys < ends[..., None]) & (keys >= queries[..., None] - window)
+    bias = torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, -torch.inf)
+    N, n, S = bias.shape
+    return bias[:, None, :, None].expand(N, heads, n, group, S).reshape(N * heads, n * group, S)
+
+# %%
+#| export lookback
+def runs_of(lengths: list[int]) -> list[tuple[slice, int]]:
+    """Runs of rows, each with the end of its longest tail: short rows need not look as far as the longest."""
+    runs: list[tuple[slice, int]] = []
+    for start in range(0, len(lengths), SPAN):
+        rows, end = slice(start, min(start + SPAN, len(lengths))), max(lengths[start:start + SPAN]) + 1
+        if runs and max(end, runs[-1][1]) <= 1.2 * min(end, runs[-1][1]):  # alike: one run
+            before, last = runs.pop()
+            rows, end = slice(before.start, rows.stop), max(end, last)
+        runs.append((rows, end))
+    return runs
+
+
+def sharing_kernel(config: GPTConfig, device: torch.device):
+    """Lesson 03's decoding kernel, which reads shared beginnings where they lie; None where it does not run."""
+    if device.type != "cuda" or not HAVE_TRITON:
+        return None
+    from nanochat_lib.kernels.decoding import HEAD_DIMS, decode_attention
+
+    return decode_attention if config.head_dim in HEAD_DIMS else None
+
+# %%
+#| export lookback
+class LookBack:
+    """Attention for a step of B rows: `begin` once a step, `attend` in each layer."""
+
+    def __init__(self, config: GPTConfig, device: torch.device):
+        self.config, self.windows = config, window_sizes(config)
+        self.heads, self.kernel = (config.n_kv_head, config.n_head // config.n_kv_head), sharing_kernel(config, device)
+
+    def begin(self, slots: Slots, B: int, static: bool) -> None:
+        """Find out what each row sees. `static`: no look at lengths on the host, all shapes fixed, as a CUDA graph wants it."""
+        self.plain = static and (slots.members is None or self.kernel is not None)
+        if self.plain:
+            self.totals = slots.lengths[:B] + slots.offsets[:B]
+            return
+        self.runs = [(slice(0, B), slots.capacity)] if static else runs_of(slots.host_lengths.tolist())
+        lengths = slots.lengths[:, None]
+        self.own = {window: [seen_bias(lengths[rows], slots.places[:end], lengths[rows] + 1, window, *self.heads)
+                             for rows, end in self.runs] for window in set(self.windows)}
+        if slots.members is not None:
+            members = slots.members.clamp(min=0)
+            offsets = slots.offsets[members]
+            ends = torch.where(slots.members < 0, 0, offsets)
+            self.shared = {window: seen_bias(slots.lengths[members] + offsets, slots.places[:slots.prefix_capacity], ends, window,
+                                             *self.heads) for window in set(self.windows)}
+
+    def attend(self, layer: int, q: Tensor, slots: Slots) -> Tensor:
+        """q (B, H, D) over everything its rows hold → (B, C)."""
+        (B, H, D), KVH, window = q.shape, self.config.n_kv_head, self.windows[layer]
+        store = slots.tails[layer]
+        if self.plain:
+            q, (k, v) = q.unsqueeze(1), store[:, :B].transpose(2, 3)
+            if slots.members is None:
+                return cached_attention(q, k, v, slots.lengths[:B], window).reshape(B, -1)
+            shared = (*slots.heads[layer].transpose(2, 3), slots.head_lengths, slots.owners[:B])
+            return self.kernel(q, k, v, self.totals, window, shared).reshape(B, -1)
+        queries, parts = q.reshape(B * KVH, -1, D), []
+        for (rows, end), bias in zip(self.runs, self.own[window]):
+            k, v = (store[i, rows].flatten(0, 1)[:, :end] for i in (0, 1))
+            parts.append(look_back(queries[rows.start * KVH:rows.stop * KVH], k, v, bias))
+        total, weight = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+        total, weight = total.view(B, H, D), weight.view(B, H, 1)
+        if slots.members is not None:
+            self.add_shared(q, slots.heads[layer], slots.members, self.shared[window], total, weight)
+        return total.div_(weight).view(B, -1).to(q.dtype)
+
+    def add_shared(self, q: Tensor, store: Tensor, members: Tensor, bias: Tensor, total: Tensor, weight: Tensor) -> None:
+        """Add what q (B, H, D) sees in shared beginnings, store (2, prefix, kv head, S, D): one product for all rows on one."""
+        (P, n), KVH, D = members.shape, self.config.n_kv_head, q.size(-1)
+        rows = members.clamp(min=0).flatten()
+        asked = q[rows].view(P, n, KVH, -1, D).transpose(1, 2).reshape(P * KVH, -1, D)
+        k, v = (store[i, :P].flatten(0, 1) for i in (0, 1))
+        for whole, part in zip((total, weight), look_back(asked, k, v, bias)):
+            part = part.view(P, KVH, n, -1, part.size(-1)).transpose(1, 2)
+            whole.index_add_(0, rows, part.reshape(P * n, -1, part.size(-1)))
+
+# %%
+q, k, v = torch.randn(3, 5, 8), torch.randn(3, 20, 8), torch.randn(3, 20, 8)
+nothing_hidden = torch.zeros(3, 5, 12)
+left, right = look_back(q, k[:, :12], v[:, :12], nothing_hidden), look_back(q, k[:, 12:], v[:, 12:], nothing_hidden[..., :8])
+whole = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+assert torch.allclose((left[0] + right[0]) / (left[1] + right[1]), whole, atol=1e-5)
+
+# %% [markdown]
+# ## A step, written for speed
+#
+# `GPT.forward` is written to be read, and to train. A step of decoding repeats it for one token of each row, thousands of times, so it pays to
+# write it again with fewer and larger operations: queries, keys, values and the value gate in one product, sums fused into the products that follow, and
+# weights in the dtype that computes (the model keeps float32 and casts at each use, which would triple the bytes a step reads).
+
+# %%
+#| export decoder
+"""One decode step for all rows of a batch: fixed shapes, few operations, no word to the host."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_lib.fused import SOFTCAP
+from nanochat_lib.gpt import GPT, SMEAR_CHANNELS, VALUE_CHANNELS
+from nanochat_lib.lookback import LookBack
+from nanochat_lib.slots import Slots
+
+# %%
+#| export decoder
+class Layer(NamedTuple):
+    """A block's weights as a step uses them."""
+
+    qkv: Tensor  # queries, keys, values and the value gate as one matrix
+    proj: Tensor
+    fc: Tensor
+    out: Tensor
+    mix: Tensor  # (2,): how much of the stream, how much of x0
+    values: Tensor | None  # value embeddings
+
+
+class Place(NamedTuple):
+    """The coming tokens of a step, and where they stand."""
+
+    ids: Tensor  # (B,)
+    cos: Tensor  # (B, 1, D), each angle twice
+    sin: Tensor
+    places: Tensor  # (B · 2 · KVH,): in which line of a layer's store each key and value goes
+
+# %%
+#| export decoder
+def layer_weights(model: GPT, number: int) -> Layer:
+    """A block's weights in the model's dtype: the model's own memory where that is its dtype already, else copies."""
+    block, embedding = model.transformer.h[number], f"{number}" in model.value_embeds
+    attn, parts = block.attn, [block.attn.c_q.weight, block.attn.c_k.weight, block.attn.c_v.weight]
+    if embedding:
+        parts.append(F.pad(attn.ve_gate.weight, (0, model.config.n_embd - VALUE_CHANNELS)))
+    mix = torch.stack((model.resid_lambdas[number], model.x0_lambdas[number]))
+    weights = [torch.cat(parts), attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight, mix]
+    weights += [model.value_embeds[f"{number}"].weight] if embedding else []
+    return Layer(*(weight.detach().to(model.dtype) for weight in weights), *[None] * (not embedding))
+
+
+def top_weights(model: GPT) -> list[Tensor]:
+    """The weights outside the blocks."""
+    weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda, model.backout_lambda)
+    return [weight.detach().to(model.dtype) for weight in weights]
+
+# %%
+#| export decoder
+class Decoder:
+    """GPT.forward for one token of each row, written with fewer and larger operations."""
+
+    def __init__(self, model: GPT):
+        self.model, self.config = model, model.config
+        self.static = model.lm_head.weight.device.type == "cuda"  # shapes that do not depend on lengths
+        self.look = LookBack(model.config, model.lm_head.weight.device)
+        self.cos = torch.cat((model.cos, model.cos), dim=-1)
+        self.sin = torch.cat((model.sin, -model.sin), dim=-1)
+        self.layers = [layer_weights(model, number) for number in range(self.config.n_layer)]
+        self.top = top_weights(model)
+
+    def refresh(self) -> None:
+        """Take over weights that have been trained meanwhile, into the same memory."""
+        fresh = [layer_weights(self.model, number) for number in range(self.config.n_layer)]
+        for old, new in zip((*self.layers, self.top), (*fresh, top_weights(self.model))):
+            for mine, theirs in zip(old, new):
+                if theirs is not None and mine.data_ptr() != theirs.data_ptr():
+                    mine.copy_(theirs)
+
+    def project(self, x: Tensor, x0: Tensor, layer: Layer, at: Place, store: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream with x0 mixed in (B, C) and queries (B, H, D); keys and values go to the store (positions, D)."""
+        D, H, turned = self.config.head_dim, self.config.n_head, self.config.n_head + self.config.n_kv_head
+        x = torch.addcmul(layer.mix[1] * x0, layer.mix[0], x)
+        qkv = F.linear(F.rms_norm(x, x.shape[-1:]), layer.qkv)
+        heads = qkv[:, :(turned + self.config.n_kv_head) * D].view(len(x), -1, D)
+        qk, v = heads[:, :turned], heads[:, turned:]
+        qk = torch.addcmul(qk * at.cos, qk.roll(D // 2, -1), at.sin)
+        qk = F.rms_norm(qk, qk.shape[-1:]) * 1.2
+        if layer.values is not None:
+            gate = 3 * torch.sigmoid(qkv[:, -self.config.n_kv_head:, None])
+            v = torch.addcmul(v, gate, F.embedding(at.ids, layer.values).view(v.shape))
+        store.index_copy_(0, at.places, torch.cat((qk[:, H:], v), 1).view(-1, D))
+        return x, qk[:, :H]
+
+    def finish(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
+        """Add attention's y and the MLP to the stream."""
+        x = torch.addmm(x, y, layer.proj.t())
+        h = F.linear(F.rms_norm(x, x.shape[-1:]), layer.fc)
+        return torch.addmm(x, F.relu_(h).square_(), layer.out.t())
+
+    def embed(self, ids: Tensor, previous: Tensor) -> Tensor:
+        """x0 (B, C): embeddings with smear; `previous` holds the embeddings before, and afterwards these."""
+        wte, _, gate, strength, _ = self.top
+        x = F.rms_norm(F.embedding(ids, wte), (self.config.n_embd,))
+        x0 = torch.addcmul(x, strength * torch.sigmoid(F.linear(x[:, :SMEAR_CHANNELS], gate)), previous)
+        previous.copy_(x)
+        return x0
+
+    def place(self, slots: Slots, B: int) -> Place:
+        """Where the coming tokens stand."""
+        lengths, config = slots.lengths[:B], self.config
+        positions = lengths + slots.offsets[:B]
+        heads = torch.arange(B * config.n_kv_head, device=slots.device).view(B, 1, -1)
+        heads = heads + torch.tensor([[0], [slots.rows * config.n_kv_head]], device=slots.device)  # keys, then values
+        places = (heads * slots.capacity + lengths[:, None, None]).flatten()
+        return Place(slots.ids[:B], self.cos[positions][:, None], self.sin[positions][:, None], places)
+
+    def __call__(self, slots: Slots, B: int) -> Tensor:
+        """Logits (B, vocab) float32 after the tokens slots.ids, whose keys and values are now the rows' last."""
+        self.look.begin(slots, B, self.static)
+        at = self.place(slots, B)
+        x = x0 = self.embed(at.ids, slots.previous[:B])
+        for number, layer in enumerate(self.layers):
+            x, q = self.project(x, x0, layer, at, slots.tails[number].view(-1, self.config.head_dim))
+            x = self.finish(x, self.look.attend(number, q, slots), layer)
+            if number == self.config.n_layer // 2:
+                halfway = x
+        x = F.rms_norm(x - self.top[4] * halfway, x.shape[-1:])
+        logits = F.linear(x, self.top[1][:self.config.vocab_size]).float()
+        return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
+
+# %% [markdown]
+# It agrees with the model. Two rows here stand on one beginning of 20 tokens, a third stands alone:
+
+# %%
+sequence = torch.randint(0, 256, (1, 30))
+with torch.inference_mode():
+    cache, slots = KVCache(config, rows=1, capacity=30), Slots(model, rows=3, capacity=32, prefixes=1, prefix_capacity=32)
+    cache.resize([0], "cpu")
+    logits = model(sequence[:, :25], kv_cache=cache)[0, -1]
+    slots.claim("the first 20 tokens")
+    slots.keep_head(0, cache, 0, 20, logits)
+    slots.keep_tails(0, cache, [0, 0], 20, 25)  # rows 0 and 1: what comes behind the beginning
+    slots.stand(0, [0, 0])
+    slots.keep_tails(2, cache, [0], 0, 25)  # row 2: all of it
+    slots.group(3)
+    slots.feed(ids=np.full(3, int(sequence[0, 25])), lengths=np.array([5, 5, 25]), offsets=np.array([20, 20, 0]))
+    stepped, expected = Decoder(model)(slots, 3), model(sequence[:, :26])[0, -1]
+assert all(torch.allclose(row, expected, atol=1e-4) for row in stepped)
+
+# %% [markdown]
+# ### On a GPU: one launch
+#
+# A step of a 12-layer model is some 300 kernels of a few microseconds each. Python and PyTorch take longer to start them than the GPU to run them, so
+# the GPU waits. A **CUDA graph** records a step once, with all addresses and shapes, and replays it with a single launch. That is why the slots never
+# move and why a step asks the host for nothing. `torch.compile` makes one kernel of all that stands between two matrix products. Measured on an H200,
+# 12 layers of width 768 in bfloat16, one row: `GPT.forward` 12.2 ms, the step above 6.6 ms, recorded 0.78 ms, recorded and fused 0.57 ms.
+
+# %%
+#| export graphs
+"""Decode steps recorded once and replayed: on a GPU, a step of hundreds of kernels becomes one launch."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanochat_lib.decoder import Decoder
+from nanochat_lib.gpt import GPT
+from nanochat_lib.sampling import pick
+from nanochat_lib.slots import Slots
+
+# %%
+#| export graphs
+class GraphedDecoder:
+    """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
+
+    Rows beyond the batch run along and write into free slots. `fuse`: torch.compile makes one kernel of what stands between two
+    matrix products. `record` = False runs the same steps of fixed shape without graphs.
+    """
+
+    def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
+        self.decoder, self.record, self.slots, self.graphs = Decoder(model), record, None, {}
+        self.refresh, self.plain = self.decoder.refresh, (self.decoder.project, self.decoder.finish)
+        self.decoder.static = True
+        if fuse:
+            self.decoder.project, self.decoder.finish = map(torch.compile, self.plain)
+
+    @staticmethod
+    def padded(B: int, rows: int) -> int:
+        """The batch size whose graph serves B rows."""
+        return min(rows, 1 << (B - 1).bit_length() if B <= 16 else -(-B // 16) * 16)
+
+    def __call__(self, slots: Slots, B: int) -> Tensor:
+        """As Decoder's: logits (B, vocab)."""
+        size = self.padded(B, slots.rows)
+        slots.inputs[:, B:size] = 0
+        if slots is not self.slots:  # a graph is bound to the memory it was recorded with
+            self.slots, self.graphs = slots, {}
+        if not self.record or (slots.members is not None and self.decoder.look.kernel is None):
+            return self.decoder(slots, size)[:B]
+        return self.replay((size, slots.members is None), lambda: self.decoder(slots, size))[:B]
+
+    def pick(self, logits: Tensor, seeds: Tensor, settings: tuple) -> Tensor:
+        """As sampling.pick, recorded too where the logits are a recorded step's."""
+        made = next((made for made in self.graphs.values() if made[1].data_ptr() == logits.data_ptr()), None)
+        if made is None:
+            return pick(logits, seeds, *settings)
+        size = len(made[1])
+        held = self.graphs.setdefault("seeds", (None, torch.zeros(self.slots.rows, dtype=seeds.dtype, device=seeds.device)))[1]
+        held[:len(seeds)] = seeds
+        return self.replay((size, *settings), lambda: pick(made[1], held[:size], *settings))[:, :len(seeds)]
+
+    def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
+        """The result of a step: recorded at first, replayed from then on. The result stays at its place."""
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(step)
+        graph, result = self.graphs[key]
+        graph.replay()
+        return result
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Record a step. It runs four times: keys and values are the same each time, the embedding before smear is put back."""
+        previous = self.slots.previous.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            try:
+                step()
+            except Exception as error:  # no compiler on this machine
+                if self.decoder.project is self.plain[0]:
+                    raise
+                print(f"engine: without fused kernels: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
+                self.decoder.project, self.decoder.finish = self.plain
+            step(), step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = step()
+        self.slots.previous.copy_(previous)
+        return graph, result
+
+# %% [markdown]
+# ### On a CPU: the price of an operation
+#
+# A step of a small model is some 100 operations on a few hundred numbers each. PyTorch takes a few microseconds to start one (it looks up
+# device, dtype, layout, gradients), NumPy a fraction of that. For a single row on a CPU, a chat on a laptop, the engine therefore has
+# the step once more in NumPy: the same weights, the same slots, the formulas of lesson 04.
+
+# %%
+#| export numpy_step
+"""One decode step of one row on a CPU, in NumPy: for a small model several times as fast as through PyTorch."""
+
+import numpy as np
+import torch
+
+from nanochat_lib.fused import SOFTCAP
+from nanochat_lib.gpt import GPT, SMEAR_CHANNELS, VALUE_CHANNELS, window_sizes
+from nanochat_lib.slots import Slots
+
+# %%
+#| export numpy_step
+EPSILON = np.float32(torch.finfo(torch.float32).eps)  # that of F.rms_norm
+
+
+def norm(x: np.ndarray) -> np.ndarray:
+    """RMS norm of x (C,)."""
+    return x * (1 / np.sqrt(x.dot(x) / np.float32(len(x)) + EPSILON))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+# %%
+#| export numpy_step
+class NumpyStep:
+    """GPT.forward for one token of one row, float32 on the CPU. It reads the model's own memory, so it sees training."""
+
+    def __init__(self, model: GPT):
+        self.config, self.windows = model.config, window_sizes(model.config)
+        self.weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+        self.cos, self.sin = model.cos.numpy(), model.sin.numpy()
+        names = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "attn.ve_gate")
+        self.layers = [[self.weights.get(f"transformer.h.{layer}.{name}.weight") for name in names]
+                       for layer in range(model.config.n_layer)]
+
+    @staticmethod
+    def suits(model: GPT) -> bool:
+        return type(model) is GPT and model.lm_head.weight.device.type == "cpu" and model.dtype == torch.float32
+
+    def __call__(self, slots: Slots) -> torch.Tensor:
+        """Logits (1, V) after the token slots.ids[0], which row 0 holds afterwards."""
+        w, (token, length, offset, place) = self.weights, slots.inputs[:, 0].tolist()
+        x = norm(w["transformer.wte.weight"][token])
+        previous = slots.previous[0].numpy()
+        gate = w["smear_lambda"] * sigmoid(w["smear_gate.weight"].dot(x[:SMEAR_CHANNELS]))
+        x0 = x + gate * previous
+        previous[:], x = x, x0
+        tails, head = slots.tails[:, :, 0].numpy(), None  # (layer, 2, kv head, position, head dim)
+        if offset:
+            head = slots.heads[:, :, place, :, :offset].numpy()
+        for layer, (c_q, c_k, c_v, c_proj, c_fc, c_out, ve_gate) in enumerate(self.layers):
+            x = w["resid_lambdas"][layer] * x + w["x0_lambdas"][layer] * x0
+            h = norm(x)
+            v = c_v.dot(h).reshape(self.config.n_kv_head, -1)
+            if ve_gate is not None:
+                ve = w[f"value_embeds.{layer}.weight"][token].reshape(v.shape)
+                v = v + (3 * sigmoid(ve_gate.dot(h[:VALUE_CHANNELS])))[:, None] * ve
+            q, k = self.turn(np.concatenate((c_q.dot(h), c_k.dot(h))), length + offset)
+            tails[layer, 0, :, length], tails[layer, 1, :, length] = k, v
+            first = length + offset - self.windows[layer]  # the first position in sight
+            parts = [tails[layer, :, :, max(0, first - offset):length + 1]]
+            if max(0, first) < offset:
+                parts.append(head[layer, :, :, max(0, first):])
+            x = x + c_proj.dot(self.look_back(q, parts))
+            x = x + c_out.dot(np.square(np.maximum(c_fc.dot(norm(x)), 0)))
+            if layer == self.config.n_layer // 2:
+                halfway = x
+        logits = w["lm_head.weight"][:self.config.vocab_size].dot(norm(x - w["backout_lambda"] * halfway))
+        return torch.from_numpy(np.tanh(logits / np.float32(SOFTCAP)) * np.float32(SOFTCAP))[None]
+
+    def turn(self, qk: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries (kv head, queries of it, head dim) and keys (kv head, head dim), turned by their position and normed."""
+        config, half = self.config, self.config.head_dim // 2
+        qk, cos, sin = qk.reshape(-1, 2, half), self.cos[position], self.sin[position]
+        turned = np.concatenate((qk[:, 0] * cos + qk[:, 1] * sin, qk[:, 1] * cos - qk[:, 0] * sin), axis=1)
+        size = np.einsum("hd,hd->h", turned, turned) / np.float32(2 * half) + EPSILON
+        turned *= (np.float32(1.2) / np.sqrt(size))[:, None]
+        return turned[:config.n_head].reshape(config.n_kv_head, -1, 2 * half), turned[config.n_head:]
+
+    @staticmethod
+    def look_back(q: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+        """Attention over parts (2, kv head, positions, head dim) → (C,). Scores are bounded (see decoder.look_back)."""
+        q = q * np.float32(q.shape[-1] ** -0.5)
+        total = weight = 0
+        for keys, values in parts:
+            scores = np.exp(np.matmul(q, keys.transpose(0, 2, 1)))
+            total, weight = total + np.matmul(scores, values), weight + scores.sum(axis=-1, keepdims=True)
+        return (total / weight).ravel()
+
+# %%
+with torch.inference_mode():
+    slots.feed(ids=np.array([int(sequence[0, 26])]), lengths=np.array([6]), offsets=np.array([20]))
+    logits = NumpyStep(model)(slots)
+    assert torch.allclose(logits[0], model(sequence[:, :27])[0, -1], atol=1e-4)
+
+# %% [markdown]
+# The runner picks the fastest of these, and owns the memory: a quarter of what is free, or what it is given.
+
+# %%
+#| export runner
+"""The model's side of an engine: prefill, decode, sampling, and the memory they work in."""
+
+import psutil
+import torch
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.decoder import Decoder
+from nanochat_lib.fused import softcap
+from nanochat_lib.gpt import GPT
+from nanochat_lib.graphs import GraphedDecoder
+from nanochat_lib.kv_cache import KVCache, cache_bytes
+from nanochat_lib.numpy_step import NumpyStep
+from nanochat_lib.sampling import pick
+from nanochat_lib.slots import Slots
+
+# %%
+#| export runner
+class Runner:
+    """Runs a model for batches, in the fastest way its device has. `memory`: most bytes of cache (default: a quarter of what is free)."""
+
+    def __init__(self, model: GPT, memory: int | None = None):
+        self.model, self.config, self.memory = model, model.config, memory
+        self.device = model.lm_head.weight.device
+        self.decoder = (GraphedDecoder if self.device.type == "cuda" else Decoder)(model)
+        self.numpy_step = NumpyStep(model) if NumpyStep.suits(model) else None
+        self.spare: Slots | None = None  # of the last batch: the next one is often of the same size
+
+    def read(self, tokens: torch.Tensor, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
+        """Prefill: feed tokens (B, T) to the cache; returns the logits (B, V) after each row's token `last` (B,)."""
+        x = self.model.hidden(tokens.to(self.device, non_blocking=True), cache)
+        x = x[torch.arange(len(x), device=x.device), last]
+        return softcap(self.model.lm_head(x)[:, :self.config.vocab_size])
+
+    def decode(self, slots: Slots, B: int) -> torch.Tensor:
+        """Feed each of the first B rows its coming token; returns the logits (B, V) after it."""
+        if self.numpy_step and B == 1:
+            return self.numpy_step(slots)
+        return self.decoder(slots, B)
+
+    def pick(self, logits: torch.Tensor, seeds: torch.Tensor, settings: tuple) -> torch.Tensor:
+        """Tokens and log-probabilities (2, B) of rows sampled alike."""
+        recorded = isinstance(self.decoder, GraphedDecoder)
+        return self.decoder.pick(logits, seeds, settings) if recorded else pick(logits, seeds, *settings)
+
+    def refresh(self) -> None:
+        """A batch begins: take over weights that were trained meanwhile."""
+        self.decoder.refresh()
+
+    def rows_that_fit(self, capacity: int, taken: int = 0) -> int:
+        """How many rows of `capacity` positions fit into the memory for caches, less `taken` bytes. NanochatError if none does."""
+        cuda, row = self.device.type == "cuda", cache_bytes(self.config, 1, capacity, self.model.dtype.itemsize)
+        free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
+        memory = free // 4 if self.memory is None else self.memory
+        if row > memory - taken:
+            raise NanochatError(f"a row of {capacity} positions takes {row / 1e6:,.1f} MB of cache, and {(memory - taken) / 1e6:,.1f} MB "
+                                "are there for it: ask for fewer tokens, or give the engine more memory")
+        return (memory - taken) // row
+
+    def slots(self, rows: int, capacity: int, prefixes: int, prefix_capacity: int) -> Slots:
+        """Memory for a batch: as many rows, and places for shared beginnings, as are asked for and fit."""
+        whole = self.rows_that_fit(capacity)
+        prefixes = min(prefixes, whole * capacity // (2 * prefix_capacity))  # at most half of the memory
+        taken = cache_bytes(self.config, prefixes, prefix_capacity, self.model.dtype.itemsize)
+        shape = min(rows, self.rows_that_fit(capacity, taken)), capacity, prefixes, prefix_capacity
+        slots, self.spare = self.spare, None
+        if slots is None or (slots.rows, slots.capacity, slots.prefixes, slots.prefix_capacity) != shape:
+            slots = Slots(self.model, *shape)
+        slots.clear()
+        return slots
+
+# %% [markdown]
+# ## Rows that come and go
+#
+# Prompts enter the slots several at a time: similar lengths together, so that little is padding, and shared beginnings first.
+
+# %%
+#| export prefill
+"""Prompts into the slots of a batch: several in one forward pass, common beginnings only once."""
+
+from collections.abc import Iterator
+
+import torch
+
+from nanochat_lib.kv_cache import KVCache
+from nanochat_lib.request import Request
+from nanochat_lib.runner import Runner
+from nanochat_lib.slots import Slots
+
+# %%
+#| export prefill
+Text = tuple[int, ...]
+MOST, ENOUGH = 8192, 1024  # positions of one forward: at most (its memory), and from where on padding costs more than a new one
+
+
+def chunks(texts: list[tuple[Text, list[Request]]]) -> Iterator[list[tuple[Text, list[Request]]]]:
+    """Texts of similar length, to be read together."""
+    chunk: list = []
+    for text in sorted(texts, key=lambda text: len(text[0])):
+        positions = len(chunk) * len(text[0])
+        if chunk and (positions + len(text[0]) > MOST or positions > ENOUGH and len(text[0]) > 1.25 * len(chunk[0][0])):
+            yield chunk
+            chunk = []
+        chunk.append(text)
+    if chunk:
+        yield chunk
+
+
+def read(runner: Runner, cache: KVCache, texts: list[Text]) -> torch.Tensor:
+    """Feed texts, sorted by length and padded on the right, to the cache's rows; returns the logits (B, V) after each."""
+    lengths = [len(text) for text in texts]
+    padded = torch.tensor([text + (0,) * (lengths[-1] - len(text)) for text in texts])
+    ends = torch.tensor(lengths, device=runner.device)
+    cache.counts = None if lengths[0] == lengths[-1] else ends
+    return runner.read(padded, cache, ends - 1)
+
+
+def by_text(requests: list[Request]) -> list[tuple[Text, list[Request]]]:
+    """Each distinct prompt with the requests for it."""
+    found: dict[Text, list[Request]] = {}
+    for request in requests:
+        found.setdefault(tuple(request.prompt), []).append(request)
+    return list(found.items())
+
+# %%
+#| export prefill
+def prefill(runner: Runner, slots: Slots, at: int, joining: list[Request],
+            fresh: list[Text]) -> Iterator[tuple[list[Request], torch.Tensor]]:
+    """Read the prompts of `joining` and the `fresh` beginnings; requests come in the order of their rows, from `at` on.
+
+    Yields (requests, logits (n, V)) whenever some are ready.
+    """
+    alone = by_text([request for request in joining if not request.shared])
+    for chunk in chunks(alone + [(head, []) for head in fresh]):
+        cache = KVCache(runner.config, len(chunk), len(chunk[-1][0]))
+        cache.resize([0] * len(chunk), runner.device)
+        logits = read(runner, cache, [text for text, _ in chunk])
+        rows = [row for row, (_, requests) in enumerate(chunk) for _ in requests]
+        for row, (text, requests) in enumerate(chunk):
+            if not requests:
+                slots.keep_head(slots.known[text], cache, row, len(text), logits[row])
+        if rows:
+            slots.keep_tails(at, cache, rows)
+            yield [request for _, requests in chunk for request in requests], logits[rows]
+            at += len(rows)
+    whole = [request for request in joining if request.shared == len(request.prompt)]
+    if whole:
+        places = [slots.known[tuple(request.prompt)] for request in whole]
+        slots.stand(at, places)
+        slots.previous[at:at + len(whole)] = slots.head_previous[places]
+        yield whole, slots.head_logits[places]
+        at += len(whole)
+    rest = by_text([request for request in joining if 0 < (request.shared or 0) < len(request.prompt)])
+    for chunk in chunks([(text[requests[0].shared:], requests) for text, requests in rest]):
+        shared = [requests[0].shared for _, requests in chunk]
+        places = [slots.known[tuple(requests[0].prompt[:length])] for (_, requests), length in zip(chunk, shared)]
+        cache = KVCache(runner.config, len(chunk), max(shared) + len(chunk[-1][0]))
+        slots.fill(cache, places, shared)
+        cache.resize(shared, runner.device)
+        logits = read(runner, cache, [text for text, _ in chunk])
+        for row, ((text, requests), place) in enumerate(zip(chunk, places)):
+            slots.stand(at, [place] * len(requests))
+            slots.keep_tails(at, cache, [row] * len(requests), shared[row], shared[row] + len(text))
+            yield requests, logits[[row] * len(requests)]
+            at += len(requests)
+
+# %% [markdown]
+# Who may join? In order of arrival, while rows are free and the beginnings they need have a place.
+
+# %%
+#| export admission
+"""Who may join a batch now, and in which place: the order of arrival, within fixed memory."""
+
+from collections import deque
+
+from nanochat_lib.request import Completion, Request
+from nanochat_lib.sharing import plan
+from nanochat_lib.slots import Slots
+
+# %%
+#| export admission
+def room(request: Request, context: int) -> int:
+    """How many tokens the context and the wish of a request allow; the last one needs no place in the cache."""
+    left = context + 1 - len(request.prompt)
+    return left if request.max_tokens is None else min(left, request.max_tokens)
+
+
+def has_place(request: Request, slots: Slots, context: int, fresh: list[tuple[int, ...]]) -> bool:
+    """Claim a place for the beginning a request shares; without one it stands alone, if its row has room for all of it."""
+    if not request.shared:
+        return True
+    here = slots.claim(head := tuple(request.prompt[:request.shared]))
+    if here is None and len(request.prompt) + room(request, context) <= slots.capacity + 1:
+        request.shared = 0
+    elif here is False:
+        fresh.append(head)
+    return here is not None or not request.shared
+
+
+def admit(waiting: deque[Request], slots: Slots, free: int, context: int) -> tuple[list[Request], ...]:
+    """Take from `waiting` who may join now, at most `free`: (finished, joining, fresh).
+
+    Finished are those whose prompt leaves no room for a token; fresh are shared beginnings that are to be read.
+    """
+    finished, joining, fresh = [], [], []
+    plan(waiting, slots.known)
+    while waiting and len(joining) < free:
+        request = waiting[0]
+        if room(request, context) <= 0:
+            request.completion = Completion([], [], [], "length" if request.max_tokens == 0 else "context")
+            finished.append(request)
+        elif has_place(request, slots, context, fresh):
+            joining.append(request)
+        else:
+            break  # until a beginning is no longer in use
+        waiting.popleft()
+    return finished, joining, fresh
+
+# %% [markdown]
+# One step of a batch: let waiting requests join, sample every row, note the tokens, let the tools speak, drop what is finished, run the model on the
+# rest. The host waits for the device once per step, for the chosen tokens. A finished row leaves a hole; the last row moves into it, so the batch
+# stays dense.
 
 # %%
 #| export batch
-PREFILL = 8192  # most tokens of one prefill, padding included: bounds its memory
+"""A running batch: requests join when there is room, leave when finished, and may call the calculator."""
 
+from collections import deque
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
+from nanochat_lib.admission import admit, room
+from nanochat_lib.common import NanochatError
+from nanochat_lib.notes import Notes
+from nanochat_lib.prefill import prefill
+from nanochat_lib.request import Completion, Request, Token
+from nanochat_lib.sampling import pick
+from nanochat_lib.slots import Slots
+
+if TYPE_CHECKING:
+    from nanochat_lib.engine import Engine
+
+# %%
+#| export batch
 class Batch:
-    """A running batch: requests wait, join when rows are free, leave when finished. One `step` is one token for each row.
+    """Requests wait, join when there is room, leave when finished. One `step` is one token for each running row."""
 
-    Running row i lives in cache row i. Its notes (tokens, counts) stay on line `line[i]` while the cache is compacted.
-    """
-
-    def __init__(self, engine: "Engine", rows: int, capacity: int, refill: float = 0.0):
-        self.engine, self.rows, self.capacity = engine, rows, capacity
-        self.refill = max(1, int(refill * rows))  # rows that must be free before new ones join: fewer, larger prefills
-        self.cache = KVCache(engine.model.config, rows, capacity)
+    def __init__(self, engine: "Engine", slots: Slots, refill: float = 0.0):
+        self.engine, self.runner, self.slots, self.context = engine, engine.runner, slots, engine.model.config.sequence_len
+        self.refill = max(1, int(refill * slots.rows))  # rows that must be free before new ones join: fewer, larger prefills
+        self.notes = Notes(slots.rows, slots.capacity + 1)
+        self.running = self.notes.running  # row i of the slots serves running[i]
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
         self.cancelled: set[Request] = set()
         self.logits: torch.Tensor | None = None  # (B, V) for the coming token of each running row
         self.groups: list | None = None  # (settings, rows) of rows sampled alike; None: to be found
-        self.watchers: list[int] = []  # rows whose tokens are watched
-        self.line, self.free = np.zeros(rows, np.int64), list(range(rows))
-        self.keys = np.zeros(rows, np.uint64)
-        self.lengths, self.counts, self.budgets, self.calls, self.forced_until = np.zeros((5, rows), np.int64)
-        self.tokens = np.zeros((rows, capacity + 1), np.int64)
-        self.mask, self.logprobs = np.zeros(self.tokens.shape, np.int64), np.zeros(self.tokens.shape)
 
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
 
     def add(self, request: Request) -> None:
+        """Wait for room. NanochatError for a prompt that would not fit into an empty batch."""
+        if self.slots.capacity < request.tail() and len(request.prompt) <= self.context:
+            raise NanochatError(f"the prompt has {len(request.prompt)} tokens, a row of this batch {self.slots.capacity}: "
+                                "ask the engine for a batch of larger rows")
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -494,60 +1573,28 @@ class Batch:
     def step(self) -> list[Request]:
         """One more token for every running row, after letting waiting ones join; returns the requests finished now."""
         finished = self.drop_cancelled() if self.cancelled else []
-        finished += self.admit() if self.waiting else []
+        if self.waiting and (len(self.notes.free) >= self.refill or not self.running):
+            done, joining, fresh = admit(self.waiting, self.slots, len(self.notes.free), self.context)
+            finished += done
+            if joining:
+                self.join(joining, fresh)
         if self.running:
             finished += self.drop(self.settle(*self.choose()))
         if self.running:
-            line = self.line[:len(self.running)]
-            last = torch.from_numpy(self.tokens[line, self.counts[line] - 1])
-            self.cache.resize(self.lengths[line] + self.counts[line] - 1, self.engine.device)
-            self.logits = self.engine.forward(last[:, None], self.cache)
+            self.slots.feed(*self.notes.inputs())
+            self.logits = self.runner.decode(self.slots, len(self.running))
         return finished
 
-    def admit(self) -> list[Request]:
-        """Prefill waiting requests into the free rows, each distinct prompt once; returns those with no room for a token."""
-        finished, prompts = [], {}
-        if len(self.free) < self.refill and self.running:
-            return finished
-        for _ in range(min(len(self.free), len(self.waiting))):
-            request = self.waiting.popleft()
-            room = self.capacity + 1 - len(request.prompt)
-            if room <= 0 or request.max_tokens == 0:
-                request.completion = Completion([], [], [], "length" if room > 0 else "context")
-                finished.append(request)
-            else:
-                prompts.setdefault(tuple(request.prompt), []).append(request)
-        chunk: list[tuple[int, ...]] = []
-        for prompt in sorted(prompts, key=len):
-            if chunk and (len(chunk) + 1) * len(prompt) > PREFILL:
-                self.prefill(chunk, prompts)
-                chunk = []
-            chunk.append(prompt)
-        if chunk:
-            self.prefill(chunk, prompts)
-        return finished
-
-    def prefill(self, chunk: list[tuple[int, ...]], prompts: dict[tuple[int, ...], list[Request]]) -> None:
-        """Run prompts, sorted by length, in one forward, right-padded; copy each result to all rows that ask for it."""
-        lengths, device = [len(prompt) for prompt in chunk], self.engine.device
-        padded = torch.tensor([prompt + (0,) * (lengths[-1] - len(prompt)) for prompt in chunk])
-        cache = KVCache(self.engine.model.config, len(chunk), lengths[-1])
-        cache.resize([0] * len(chunk), device)
-        ends = torch.tensor(lengths, device=device)
-        cache.counts = None if lengths[0] == lengths[-1] else ends
-        logits = self.engine.forward(padded, cache, ends - 1)
-        rows = [row for row, prompt in enumerate(chunk) for _ in prompts[prompt]]
-        at = len(self.running)
-        self.cache.append_rows(cache, rows, at)
-        self.logits = torch.cat([self.logits] * (at > 0) + [logits[rows]])
-        for request in (request for prompt in chunk for request in prompts[prompt]):
-            line = self.line[len(self.running)] = self.free.pop()
-            self.running.append(request)
-            room = self.capacity + 1 - len(request.prompt)
-            self.keys[line], self.lengths[line], self.counts[line] = request.key(), len(request.prompt), 0
-            self.budgets[line] = room if request.max_tokens is None else min(room, request.max_tokens)
-            self.calls[line], self.forced_until[line] = -1, 0
+    def join(self, joining: list[Request], fresh: list[tuple[int, ...]]) -> None:
+        """Prefill requests and the beginnings they share; they are the batch's last rows."""
+        if not self.running:
+            self.runner.refresh()
+        for requests, logits in prefill(self.runner, self.slots, len(self.running), joining, fresh):
+            self.logits = torch.cat([self.logits, logits]) if self.running else logits
+            for request in requests:
+                self.notes.join(request, min(room(request, self.context), self.slots.capacity + 1 - request.tail()))
         self.groups = None
+        self.slots.group(len(self.running))
 
     def choose(self) -> tuple[np.ndarray, np.ndarray]:
         """Sample every running row: tokens (B,) and log-probabilities (B,), on the host. The step's only wait for the device."""
@@ -555,50 +1602,28 @@ class Batch:
             alike: dict[tuple, list[int]] = {}
             for row, request in enumerate(self.running):
                 alike.setdefault(request.settings, []).append(row)
-            self.groups = [(settings, torch.tensor(rows, device=self.engine.device)) for settings, rows in alike.items()]
-            self.watchers = [row for row, request in enumerate(self.running) if request.watch]
-        line = self.line[:len(self.running)]
-        seeds = torch.from_numpy(draw_seeds(self.keys[line], self.counts[line]))
-        seeds = seeds.to(self.engine.device, non_blocking=True)
+            self.groups = [(settings, torch.tensor(rows, device=self.runner.device)) for settings, rows in alike.items()]
+        seeds = torch.from_numpy(self.notes.seeds()).to(self.runner.device, non_blocking=True)
         if len(self.groups) == 1:
-            ids = sample(self.logits, seeds, *self.groups[0][0])
+            picked = self.runner.pick(self.logits, seeds, self.groups[0][0])
         else:
-            ids = torch.empty(len(line), dtype=torch.int64, device=self.engine.device)
+            picked = torch.empty(2, len(seeds), dtype=torch.float64, device=self.runner.device)
             for settings, rows in self.groups:
-                ids[rows] = sample(self.logits[rows], seeds[rows], *settings)
-        logprobs = self.logits.gather(-1, ids[:, None])[:, 0] - self.logits.logsumexp(dim=-1)
-        tokens, logprobs = torch.stack((ids.double(), logprobs.double())).cpu().numpy()
+                picked[:, rows] = pick(self.logits[rows], seeds[rows], *settings)
+        tokens, logprobs = picked.cpu().numpy()
         return tokens.astype(np.int64), logprobs
 
     def settle(self, tokens: np.ndarray, logprobs: np.ndarray) -> dict[int, str]:
-        """Note the tokens, forced ones in place of sampled ones, run the tools; returns {row: finish reason} of ended rows."""
-        line, special = self.line[:len(self.running)], self.engine
-        counts = self.counts[line]
-        forced = counts < self.forced_until[line]
-        tokens = np.where(forced, self.tokens[line, counts], tokens)
-        self.tokens[line, counts], self.mask[line, counts] = tokens, ~forced
-        self.logprobs[line, counts] = logprobs = np.where(forced, 0.0, logprobs)
-        self.counts[line] = counts = counts + 1
-        ended = {}
-        for row in np.flatnonzero(counts >= self.budgets[line]).tolist():
-            ended[row] = "length" if counts[row] == self.running[row].max_tokens else "context"
-        for row in np.flatnonzero(special.notable[tokens] & ~forced).tolist():
-            place, token, count = line[row], tokens[row], counts[row]
-            if token in special.stops:
-                ended[row] = "stop"
-            elif token == special.python_start:  # a second start begins the call anew
-                self.calls[place] = count
-            elif self.calls[place] >= 0:  # python_end of an open call
-                said = special.answer_call(self.tokens[place, self.calls[place]:count - 1].tolist())
-                said = said[:self.capacity + 1 - count]
-                self.tokens[place, count:count + len(said)] = said
-                self.calls[place], self.forced_until[place] = -1, count + len(said)
-        for row in self.watchers:
-            request, top = self.running[row], ()
-            if request.top:
-                p, ids = self.logits[row].softmax(dim=-1).topk(request.top)
-                top = tuple(zip(ids.tolist(), p.tolist()))
-            request.watch(Token(int(tokens[row]), bool(forced[row]), float(logprobs[row]), ended.get(row), top))
+        """Note the tokens and tell the watchers; returns {row: finish reason} of ended rows."""
+        tokens, logprobs, forced = self.notes.write(tokens, logprobs)
+        ended = self.notes.ended(self.engine, tokens, forced)
+        for row, request in enumerate(self.running):
+            if request.watch:
+                top = ()
+                if request.top:
+                    p, ids = self.logits[row].softmax(dim=-1).topk(request.top)
+                    top = tuple(zip(ids.tolist(), p.tolist()))
+                request.watch(Token(int(tokens[row]), bool(forced[row]), float(logprobs[row]), ended.get(row), top))
         return ended
 
     def drop_cancelled(self) -> list[Request]:
@@ -616,118 +1641,18 @@ class Batch:
         if not ended:
             return []
         finished, keep = [self.running[row] for row in ended], len(self.running) - len(ended)
-        for (row, reason), request in zip(ended.items(), finished):
-            place = self.line[row]
-            count = self.counts[place] - (reason == "stop")
-            notes = (notes[place, :count].tolist() for notes in (self.tokens, self.mask, self.logprobs))
-            stop = int(self.tokens[place, count]) if reason == "stop" else None
-            request.completion = Completion(*notes, reason, stop)
-            self.free.append(int(place))
+        for row, reason in ended.items():
+            self.running[row].completion = self.notes.completion(row, reason)
+            self.slots.leave(row)
         holes = [row for row in ended if row < keep]
         movers = [row for row in range(keep, len(self.running)) if row not in ended]
-        self.cache.close_holes(movers, holes, keep)
+        self.slots.move(movers, holes)
         if holes:
-            self.logits[holes], self.line[holes] = self.logits[movers], self.line[movers]
-        for hole, mover in zip(holes, movers):
-            self.running[hole] = self.running[mover]
+            self.logits[holes] = self.logits[movers]
+        self.notes.leave(list(ended), movers, holes)
         self.logits, self.groups = self.logits[:keep], None
-        del self.running[keep:]
+        self.slots.group(keep)
         return finished
-
-# %% [markdown]
-# ## One row on a CPU: the price of an operation
-#
-# A step of a small model is some 300 operations on a few hundred numbers each. PyTorch takes a few microseconds to start one (it looks up
-# device, dtype, layout, gradients), NumPy a fraction of that. For a single row on a CPU, a chat on a laptop, the engine therefore has
-# the step once more in NumPy: the same weights, the same cache, the formulas of lesson 04. (On a GPU, CUDA graphs play this part.)
-
-# %%
-#| export numpy_step
-"""One decode step of one row on a CPU, in NumPy: for a small model several times as fast as through PyTorch."""
-
-import numpy as np
-import torch
-
-from nanochat_lib.fused import SOFTCAP
-from nanochat_lib.gpt import GPT, SMEAR_CHANNELS, VALUE_CHANNELS, window_sizes
-from nanochat_lib.kv_cache import KVCache
-
-# %%
-#| export numpy_step
-EPSILON = np.float32(torch.finfo(torch.float32).eps)  # that of F.rms_norm
-
-
-def norm(x: np.ndarray) -> np.ndarray:
-    """RMS norm of x (C,)."""
-    return x * (1 / np.sqrt(x.dot(x) / np.float32(len(x)) + EPSILON))
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-class NumpyStep:
-    """GPT.forward for one token of one row, float32 on the CPU. It reads the model's own memory, so it sees training."""
-
-    def __init__(self, model: GPT):
-        self.config, self.windows = model.config, window_sizes(model.config)
-        self.weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-        self.cos, self.sin = model.cos.numpy(), model.sin.numpy()
-        names = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "attn.ve_gate")
-        self.layers = [[self.weights.get(f"transformer.h.{layer}.{name}.weight") for name in names]
-                       for layer in range(model.config.n_layer)]
-
-    @staticmethod
-    def suits(model: GPT) -> bool:
-        return type(model) is GPT and model.lm_head.weight.device.type == "cpu" and model.dtype == torch.float32
-
-    def __call__(self, token: int, cache: KVCache) -> torch.Tensor:
-        """Logits (1, V) after `token`, which the cache's only row holds afterwards."""
-        w, position = self.weights, cache.longest
-        if position >= cache.capacity:
-            raise ValueError(f"a cache of {cache.capacity} positions has no place for {position + 1}")
-        x = norm(w["transformer.wte.weight"][token])
-        before, cache.previous = cache.previous[0].numpy(), torch.from_numpy(x)[None]
-        gate = w["smear_lambda"] * sigmoid(w["smear_gate.weight"].dot(x[:SMEAR_CHANNELS]))
-        x = x0 = x + gate * before
-        store = cache.store[:, :, 0].numpy()  # (2, layer, kv head, position, head dim)
-        for layer, (c_q, c_k, c_v, c_proj, c_fc, c_out, ve_gate) in enumerate(self.layers):
-            x = w["resid_lambdas"][layer] * x + w["x0_lambdas"][layer] * x0
-            h = norm(x)
-            v = c_v.dot(h).reshape(self.config.n_kv_head, -1)
-            if ve_gate is not None:
-                ve = w[f"value_embeds.{layer}.weight"][token].reshape(v.shape)
-                v = v + (3 * sigmoid(ve_gate.dot(h[:VALUE_CHANNELS])))[:, None] * ve
-            qk = np.concatenate((c_q.dot(h), c_k.dot(h)))
-            x = x + c_proj.dot(self.attend(qk, v, store[:, layer], position, self.windows[layer]))
-            x = x + c_out.dot(np.square(np.maximum(c_fc.dot(norm(x)), 0)))
-            if layer == self.config.n_layer // 2:
-                halfway = x
-        cache.advance(1)
-        logits = w["lm_head.weight"][:self.config.vocab_size].dot(norm(x - w["backout_lambda"] * halfway))
-        return torch.from_numpy(np.tanh(logits / np.float32(SOFTCAP)) * np.float32(SOFTCAP))[None]
-
-    def attend(self, qk: np.ndarray, v: np.ndarray, store: np.ndarray, position: int, window: int) -> np.ndarray:
-        """Turn and norm queries and keys (heads one after another), keep k and v, look back → (C,)."""
-        config, half = self.config, self.config.head_dim // 2
-        qk, cos, sin = qk.reshape(-1, 2, half), self.cos[position], self.sin[position]
-        turned = np.concatenate((qk[:, 0] * cos + qk[:, 1] * sin, qk[:, 1] * cos - qk[:, 0] * sin), axis=1)
-        size = np.einsum("hd,hd->h", turned, turned) / np.float32(2 * half) + EPSILON
-        turned *= (np.float32(1.2) / np.sqrt(size))[:, None]
-        store[0, :, position], store[1, :, position] = turned[config.n_head:], v
-        keys, values = store[:, :, max(0, position - window):position + 1]
-        q = turned[:config.n_head].reshape(config.n_kv_head, -1, 2 * half)  # (kv head, queries of it, head dim)
-        scores = np.matmul(q, keys.transpose(0, 2, 1)) * np.float32((2 * half) ** -0.5)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return (np.matmul(weights, values) / weights.sum(axis=-1, keepdims=True)).ravel()
-
-# %%
-step, cache = NumpyStep(model), KVCache(config, rows=1, capacity=16)
-with torch.inference_mode():
-    cache.resize([0], "cpu")
-    model(ids[:1, :9], kv_cache=cache)
-    logits = step(int(ids[0, 9]), cache)
-    assert torch.allclose(logits[0], model(ids[:1, :10])[0, -1], atol=1e-4)
 
 # %% [markdown]
 # ## The engine
@@ -744,15 +1669,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import psutil
-import torch
 
-from nanochat_lib.batch import Batch, Completion, Request, Token
+from nanochat_lib.admission import room
+from nanochat_lib.batch import Batch
 from nanochat_lib.common import NanochatError, progress as progress_bar
-from nanochat_lib.fused import softcap
 from nanochat_lib.gpt import GPT
-from nanochat_lib.kv_cache import KVCache, cache_bytes
-from nanochat_lib.numpy_step import NumpyStep
+from nanochat_lib.request import Completion, Request, Token
+from nanochat_lib.runner import Runner
+from nanochat_lib.sharing import plan
 from nanochat_lib.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_lib.tools import calculate
 
@@ -778,12 +1702,10 @@ class Speller:
 # %%
 #| export
 class Engine:
-    """Generates with a model: streams, batches, samples, tools."""
+    """Generates with a model: streams, batches, samples, tools. `memory`: most bytes of cache (default: a quarter of what is free)."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self.device = next(model.parameters()).device
-        self.numpy_step = NumpyStep(model) if NumpyStep.suits(model) else None
+    def __init__(self, model: GPT, tokenizer: Tokenizer, memory: int | None = None):
+        self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, memory)
         special = tokenizer.encode_special
         self.assistant_end = special("<|assistant_end|>")
         self.stops = {self.assistant_end, special("<|bos|>")}
@@ -792,45 +1714,47 @@ class Engine:
         self.notable = np.zeros(max(model.config.vocab_size, tokenizer.get_vocab_size()), bool)
         self.notable[[*self.stops, self.python_start, self.python_end]] = True
 
-    def forward(self, tokens: torch.Tensor, cache: KVCache, last: torch.Tensor | None = None) -> torch.Tensor:
-        """Feed tokens (B, T) to the cache; returns the logits (B, V) after each row's token `last` (B,), default T − 1."""
-        if self.numpy_step and tokens.numel() == 1 and cache.longest:
-            return self.numpy_step(int(tokens), cache)
-        x = self.model.hidden(tokens.to(self.device, non_blocking=True), cache)
-        x = x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]
-        return softcap(self.model.lm_head(x)[:, :self.model.config.vocab_size])
-
     def answer_call(self, expression: list[int]) -> list[int]:
         """The tokens a tool call puts into the stream: the result between output markers, or nothing if there is none."""
         result = calculate(self.tokenizer.decode(expression))
         return [] if result is None else [self.output_start, *self.tokenizer.encode(result), self.output_end]
 
-    def batch(self, rows: int, capacity: int | None = None, refill: float = 0.0) -> Batch:
-        """An empty batch of at most `rows` rows of `capacity` positions (default and most: the model's context)."""
-        context = self.model.config.sequence_len
-        return Batch(self, rows, min(capacity or context, context), refill)
-
     def rows_that_fit(self, capacity: int) -> int:
-        """How many rows of `capacity` positions take at most a quarter of the free memory (at least 1)."""
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return max(1, free // 4 // cache_bytes(self.model.config, 1, capacity))
+        """How many rows of `capacity` positions fit into memory. NanochatError if none does."""
+        return self.runner.rows_that_fit(capacity)
+
+    def batch(self, rows: int, capacity: int | None = None, refill: float = 0.0, prefixes: int | None = None,
+              prefix_capacity: int | None = None) -> Batch:
+        """An empty batch of at most `rows` rows of `capacity` positions (default and most: the model's context), and of
+        `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them."""
+        context = self.model.config.sequence_len
+        prefixes = rows // 4 if prefixes is None else prefixes
+        slots = self.runner.slots(rows, min(capacity or context, context), prefixes, min(prefix_capacity or context, context))
+        return Batch(self, slots, refill)
+
+    def batch_of(self, requests: list[Request], rows: int = 256) -> Batch:
+        """A batch with rows just large enough for these requests, which wait in it."""
+        context = self.model.config.sequence_len
+        plan(requests)
+        fitting = [request for request in requests if len(request.prompt) <= context]
+        heads = {tuple(request.prompt[:request.shared]) for request in fitting if request.shared}
+        capacity = max((request.tail() + room(request, context) - 1 for request in fitting), default=1)
+        prefix_capacity = max(map(len, heads), default=1)
+        capacity, prefix_capacity = (-(-max(positions, 1) // 64) * 64 for positions in (capacity, prefix_capacity))
+        batch = self.batch(max(1, min(rows, len(requests))), capacity, 1 / 8, min(len(heads), rows), prefix_capacity)
+        for request in sorted(requests, key=lambda request: len(request.prompt)):
+            batch.add(request)
+        return batch
 
     def run(self, requests: list[Request], rows: int = 256, progress: bool = False) -> None:
         """Complete all requests, `rows` at a time: the general form of what follows."""
-        context = self.model.config.sequence_len
-        capacity = max((min(context, len(r.prompt) + (context if r.max_tokens is None else r.max_tokens)) for r in requests),
-                       default=1)
-        batch = self.batch(min(rows, max(1, len(requests)), self.rows_that_fit(capacity)), capacity, refill=1 / 8)
-        for request in sorted(requests, key=lambda request: len(request.prompt)):
-            batch.add(request)
+        batch = self.batch_of(requests, rows)
         with progress_bar(total=len(requests), desc="answers") if progress else contextlib.nullcontext() as bar:
             while batch:
                 finished = batch.step()
                 if bar is not None:
                     bar.update(len(finished))
+        self.runner.spare = batch.slots
 
     def generate_many(self, prompts: list[list[int]], num_samples: int = 1, max_tokens: int | None = None,
                       temperature: float = 1.0, top_k: int | None = None, seed: int = 42, top_p: float | None = None,
@@ -853,11 +1777,10 @@ class Engine:
 
         A sample that has ended goes on with <|assistant_end|>, mask 0. Stop iterating to stop generating.
         """
-        batch = self.batch(num_samples, len(tokens) + (max_tokens or self.model.config.sequence_len))
         said: list[tuple[int, Token]] = []
-        for number in range(num_samples):
-            batch.add(Request(tokens, max_tokens, temperature, top_k, None, seed, number,
-                              watch=lambda token, number=number: said.append((number, token))))
+        batch = self.batch_of([Request(tokens, max_tokens, temperature, top_k, None, seed, number,
+                                       watch=lambda token, number=number: said.append((number, token)))
+                               for number in range(num_samples)], num_samples)
         while batch:
             batch.step()
             column, mask = [self.assistant_end] * num_samples, [0] * num_samples
@@ -875,8 +1798,7 @@ class Engine:
         """
         said: list[Token] = []
         request = Request(tokens, max_tokens, temperature, top_k, top_p, seed, watch=said.append, top=top)
-        batch = self.batch(1, len(tokens) + (max_tokens or self.model.config.sequence_len))
-        batch.add(request)
+        batch = self.batch_of([request])
         speller = Speller(self.tokenizer)
         while batch:
             batch.step()
@@ -909,9 +1831,9 @@ batch, timeline = engine.batch(rows=4), []
 for request in requests:
     batch.add(request)
 while batch:
-    before = set(zip(batch.line.tolist(), batch.running))
+    before = set(zip(batch.notes.lines.tolist(), batch.running))
     batch.step()
-    timeline.append(before | set(zip(batch.line.tolist(), batch.running)))  # those who left in this step, and those who joined
+    timeline.append(before | set(zip(batch.notes.lines.tolist(), batch.running)))  # those who left in this step, and those who joined
 waves = [requests[i:i + 4] for i in range(0, 12, 4)]
 fig, (above, below) = plt.subplots(2, 1, figsize=(10, 3.6), sharex=True, layout="constrained")
 colour = {request: plt.cm.tab20(i) for i, request in enumerate(requests)}
@@ -927,6 +1849,26 @@ for axes, title in ((above, f"rows that come and go: {len(timeline)} steps"), (b
     axes.set(title=title, ylabel="row", yticks=range(4))
 _ = below.set_xlabel("step (one token for each row)")
 
+
+# %% [markdown]
+# And what sharing saves. Sixteen answers to each of four questions that begin with the same instructions; memory is what the rows of the batch and the
+# shared beginnings take:
+
+# %%
+rules = list(range(32, 112))
+questions = [rules + [112 + i] * 4 for i in range(4)]
+wishes = [Request(question, 24, sample=number) for question in questions for number in range(16)]
+sharing = engine.batch_of(wishes).slots
+alone = [Request(question, 24, sample=number, shared=0) for question in questions for number in range(16)]
+apart = engine.batch_of(alone).slots
+for name, slots in (("shared", sharing), ("apart", apart)):
+    size = (slots.tails.nbytes + slots.heads.nbytes) / 1e6
+    print(f"{name:6}: {slots.rows} rows of {slots.capacity} positions, {slots.prefixes} beginnings of {slots.prefix_capacity}: {size:.1f} MB")
+engine.run(wishes)
+engine.run(alone)
+assert [wish.completion for wish in wishes] != [] and all(
+    a.completion.tokens == b.completion.tokens for a, b in zip(wishes, alone))
+
 # %% [markdown]
 # ## How fast?
 #
@@ -939,7 +1881,7 @@ _ = below.set_xlabel("step (one token for each row)")
 
     python -m nanochat_lib.scripts.infer_bench                   # laptop-sized model, random weights
     python -m nanochat_lib.scripts.infer_bench --source sft      # a trained one
-    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048
+    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048 --vocab-size 32768
 """
 
 import random
@@ -952,10 +1894,10 @@ import torch
 
 from nanochat_lib.checkpoint import load_model
 from nanochat_lib.common import pick_device, print0, run_cli
-from nanochat_lib.batch import Request
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
 from nanochat_lib.kv_cache import cache_bytes
+from nanochat_lib.request import Request
 from nanochat_lib.tokenizer import Tokenizer
 
 # %%
@@ -993,16 +1935,20 @@ def medians(contestants: dict[str, Callable[[], int]], repeats: int, device: tor
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second this device reads from memory, measured on 256 MB."""
-    block = torch.ones(2**26, device=device)
-    return 2**28 * medians({"read": lambda: int(block.sum() > 0)}, 5, device)["read"]
+    """Bytes per second this device reads from memory, measured on 1 GiB (256 MiB on a CPU)."""
+    block = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    read = {"read": lambda: block.sum() is None or block.nbytes}
+    medians(read, 1, device)
+    return medians(read, 5, device)["read"]
+
+
+def verdict(ratio: float, target: float) -> str:
+    return f"{ratio:.1f}× (target {target:g}×: {'reached' if ratio >= target else 'not reached'})"
 
 # %%
 #| export scripts/infer_bench
-#| cli infer_bench
-def infer_bench(settings: Settings) -> None:
-    """Measure generation: the cache, the batch, the memory bound."""
-    device = torch.device(pick_device(settings.device_type))
+def load(settings: Settings, device: torch.device) -> Engine:
+    """The checkpoint, or a model of random weights; nothing ends an answer early: the work is the same in every round."""
     if settings.source:
         model, tokenizer, _ = load_model(settings.source, device, "eval", settings.model_tag, settings.step)
     else:
@@ -1011,56 +1957,91 @@ def infer_bench(settings: Settings) -> None:
                            heads * settings.head_dim, "SSSL")
         torch.manual_seed(0)
         model, tokenizer = build_model(config, device).eval(), Tokenizer([bytes([byte]) for byte in range(256)])
-    engine, config, dice = Engine(model, tokenizer), model.config, random.Random(0)
-    engine.notable[:] = False  # nothing ends an answer early: the work is the same in every round
-    room = config.sequence_len - settings.max_new_tokens
+    engine = Engine(model, tokenizer)
+    engine.notable[:] = False
+    return engine
 
-    def prompt(length: int) -> list[int]:
-        return [dice.randrange(256) for _ in range(length)]
 
-    full = prompt(config.sequence_len - 16)
-    running = engine.batch(1)
-    running.add(Request(full, temperature=0.0))
-    running.step()
+class Bench:
+    """The contests, each on the same engine."""
 
-    def one_token() -> int:  # the same place again and again: the longest the cache gets
-        running.counts[:] = 1
-        running.step()
-        return 1
+    def __init__(self, settings: Settings):
+        self.settings, self.device = settings, torch.device(pick_device(settings.device_type))
+        self.engine, self.dice = load(settings, self.device), random.Random(0)
+        self.config = self.engine.model.config
 
-    one = medians({
-        "recomputing": lambda: len(list(model.generate(full, 1, temperature=0.0))),
-        "cached": lambda: sum(one_token() for _ in range(16)),
-    }, settings.repeats, device)
-    print0(f"{config.n_layer} layers of width {config.n_embd}, {model.num_parameters():,} parameters, context "
-           f"{config.sequence_len}, {device.type}, {torch.get_num_threads()} threads")
-    print0(f"one row at {len(full)} tokens: {one['cached']:,.0f} tokens/s with the cache, {one['recomputing']:,.0f} without: "
-           f"{one['cached'] / one['recomputing']:.1f}×")
-    weights = sum(p.numel() * p.element_size() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
-    moved = weights + cache_bytes(config, 1, len(full), running.cache.store.element_size())
-    print0(f"each token reads {moved / 1e6:.1f} MB: {moved * one['cached'] / bandwidth(device):.0%} of this memory's bandwidth")
+    def prompt(self, length: int) -> list[int]:
+        return [self.dice.randrange(256) for _ in range(length)]
 
-    mixed = [Request(prompt(dice.randint(1, room // 2)), dice.randint(1, settings.max_new_tokens))
-             for _ in range(settings.requests)]
-    asked = [prompt(dice.randint(room // 4, room // 2)) for _ in range(settings.questions)]
-    budget = dict(num_samples=settings.questions, max_tokens=settings.max_new_tokens, top_k=50)
+    def contest(self, **contestants: Callable[[], int]) -> dict[str, float]:
+        for run in contestants.values():
+            run()  # the first time everything is slower
+        return medians(contestants, self.settings.repeats, self.device)
 
-    def run(requests: list[Request], rows: int) -> int:
-        engine.run(requests, rows)
+    def complete(self, requests: list[Request], rows: int) -> int:
+        self.engine.run(requests, rows)
         return sum(len(request.completion.tokens) for request in requests)
 
-    def ask(prompts: list[list[int]]) -> int:
-        return sum(len(answer.tokens) for answers in engine.generate_many(prompts, **budget) for answer in answers)
+    def one_row(self) -> None:
+        """A chat's speed near the end of the context, against reading it all again, and against memory."""
+        engine, config, new = self.engine, self.config, 8
+        full = self.prompt(config.sequence_len - 4 * new)
+        batch = engine.batch_of([Request(full, temperature=0.0)])
+        batch.step()
 
-    for title, contestants in {
-        f"{settings.requests} mixed requests": {"batched": lambda: run(mixed, 256), "one by one": lambda: run(mixed, 1)},
-        f"{settings.questions} samples × {settings.questions} questions": {
-            "batched": lambda: ask(asked), "question by question": lambda: sum(ask([one]) for one in asked)},
-    }.items():
-        rates = medians(contestants, settings.repeats, device)
-        text = ", ".join(f"{rate:,.0f} tokens/s {name}" for name, rate in rates.items())
-        batched, single = rates.values()
-        print0(f"{title}: {text}: {batched / single:.1f}×")
+        def cached() -> int:  # the same places again and again
+            batch.notes.counts[:] = 1
+            for _ in range(2 * new):
+                batch.step()
+            return 2 * new
+
+        rates = self.contest(cached=cached, recomputing=lambda: len(list(engine.model.generate(full, new, temperature=0.0))))
+        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} without: "
+               + verdict(rates["cached"] / rates["recomputing"], 10))
+        size = engine.model.dtype.itemsize
+        weights = size * sum(p.numel() for p in (*engine.model.transformer.h.parameters(), *engine.model.lm_head.parameters()))
+        moved, speed = weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
+        share = moved * rates["cached"] / speed
+        print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its bandwidth"
+               + (f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""))
+
+    def mixed(self) -> None:
+        """Requests of mixed lengths, all at once against one after another."""
+        room, count = self.config.sequence_len - self.settings.max_new_tokens, self.settings.requests
+        wishes = [(self.prompt(self.dice.randint(1, room // 2)), self.dice.randint(1, self.settings.max_new_tokens))
+                  for _ in range(count)]
+
+        def run(rows: int) -> int:
+            return self.complete([Request(*wish) for wish in wishes], rows)
+
+        rates = self.contest(batched=lambda: run(256), alone=lambda: run(1))
+        print0(f"{count} mixed requests: {rates['batched']:,.0f} tokens/s batched, {rates['alone']:,.0f} one by one: "
+               + verdict(rates["batched"] / rates["alone"], 6))
+
+    def samples(self) -> None:
+        """A step of reinforcement learning: several answers to each of several questions."""
+        room, count = self.config.sequence_len - self.settings.max_new_tokens, self.settings.questions
+        asked = [self.prompt(self.dice.randint(room // 4, room // 2)) for _ in range(count)]
+
+        def ask(prompts: list[list[int]]) -> int:
+            answers = self.engine.generate_many(prompts, count, self.settings.max_new_tokens, top_k=50)
+            return sum(len(answer.tokens) for samples in answers for answer in samples)
+
+        rates = self.contest(together=lambda: ask(asked), apart=lambda: sum(ask([one]) for one in asked))
+        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} question "
+               "by question: " + verdict(rates["together"] / rates["apart"], 2.5))
+
+# %%
+#| export scripts/infer_bench
+#| cli infer_bench
+def infer_bench(settings: Settings) -> None:
+    """Measure generation: the cache, the batch, the memory bound."""
+    bench = Bench(settings)
+    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, context "
+           f"{bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
+    bench.one_row()
+    bench.mixed()
+    bench.samples()
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1068,15 +2049,17 @@ infer_bench(Settings(repeats=1, requests=16, questions=4, max_new_tokens=16, dev
 
 # %% [markdown]
 # A model this small is not bound by memory on a CPU but by the hundreds of little operations of a step, each of which has a fixed price.
-# A batch shares that price, which is why it gains so much. On a GPU with a larger model the last line comes nearer to 100 %.
+# A batch shares that price, which is why it gains so much. With a larger model the second line comes nearer to 100 %.
 #
 # ## Exercises
 #
 # In [exercises/08_engine](../exercises/08_engine.ipynb):
 #
-# 1. `sample`: temperature and top-k.
+# 1. `sample`: temperature, top-k and top-p.
 # 2. `cache_bytes`: what a cache costs, and which context fits.
 # 3. `calculate`: a calculator on Python's syntax tree.
-# 4. Measure: where does a batch stop paying?
+# 4. `merge`: attention over two places, put together.
+# 5. `shared_beginnings`: which prompts share a beginning.
+# 6. Measure: where does a batch stop paying?
 #
 # **Next:** [09 · Chat](09_sft.ipynb) turns a base model into one that answers.

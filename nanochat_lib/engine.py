@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import psutil
-import torch
 
-from nanochat_lib.batch import Batch, Completion, Request, Token
+from nanochat_lib.admission import room
+from nanochat_lib.batch import Batch
 from nanochat_lib.common import NanochatError, progress as progress_bar
-from nanochat_lib.fused import softcap
 from nanochat_lib.gpt import GPT
-from nanochat_lib.kv_cache import KVCache, cache_bytes
-from nanochat_lib.numpy_step import NumpyStep
+from nanochat_lib.request import Completion, Request, Token
+from nanochat_lib.runner import Runner
+from nanochat_lib.sharing import plan
 from nanochat_lib.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_lib.tools import calculate
 
@@ -38,12 +37,10 @@ class Speller:
 
 
 class Engine:
-    """Generates with a model: streams, batches, samples, tools."""
+    """Generates with a model: streams, batches, samples, tools. `memory`: most bytes of cache (default: a quarter of what is free)."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self.device = next(model.parameters()).device
-        self.numpy_step = NumpyStep(model) if NumpyStep.suits(model) else None
+    def __init__(self, model: GPT, tokenizer: Tokenizer, memory: int | None = None):
+        self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, memory)
         special = tokenizer.encode_special
         self.assistant_end = special("<|assistant_end|>")
         self.stops = {self.assistant_end, special("<|bos|>")}
@@ -52,45 +49,47 @@ class Engine:
         self.notable = np.zeros(max(model.config.vocab_size, tokenizer.get_vocab_size()), bool)
         self.notable[[*self.stops, self.python_start, self.python_end]] = True
 
-    def forward(self, tokens: torch.Tensor, cache: KVCache, last: torch.Tensor | None = None) -> torch.Tensor:
-        """Feed tokens (B, T) to the cache; returns the logits (B, V) after each row's token `last` (B,), default T − 1."""
-        if self.numpy_step and tokens.numel() == 1 and cache.longest:
-            return self.numpy_step(int(tokens), cache)
-        x = self.model.hidden(tokens.to(self.device, non_blocking=True), cache)
-        x = x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]
-        return softcap(self.model.lm_head(x)[:, :self.model.config.vocab_size])
-
     def answer_call(self, expression: list[int]) -> list[int]:
         """The tokens a tool call puts into the stream: the result between output markers, or nothing if there is none."""
         result = calculate(self.tokenizer.decode(expression))
         return [] if result is None else [self.output_start, *self.tokenizer.encode(result), self.output_end]
 
-    def batch(self, rows: int, capacity: int | None = None, refill: float = 0.0) -> Batch:
-        """An empty batch of at most `rows` rows of `capacity` positions (default and most: the model's context)."""
-        context = self.model.config.sequence_len
-        return Batch(self, rows, min(capacity or context, context), refill)
-
     def rows_that_fit(self, capacity: int) -> int:
-        """How many rows of `capacity` positions take at most a quarter of the free memory (at least 1)."""
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return max(1, free // 4 // cache_bytes(self.model.config, 1, capacity))
+        """How many rows of `capacity` positions fit into memory. NanochatError if none does."""
+        return self.runner.rows_that_fit(capacity)
+
+    def batch(self, rows: int, capacity: int | None = None, refill: float = 0.0, prefixes: int | None = None,
+              prefix_capacity: int | None = None) -> Batch:
+        """An empty batch of at most `rows` rows of `capacity` positions (default and most: the model's context), and of
+        `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them."""
+        context = self.model.config.sequence_len
+        prefixes = rows // 4 if prefixes is None else prefixes
+        slots = self.runner.slots(rows, min(capacity or context, context), prefixes, min(prefix_capacity or context, context))
+        return Batch(self, slots, refill)
+
+    def batch_of(self, requests: list[Request], rows: int = 256) -> Batch:
+        """A batch with rows just large enough for these requests, which wait in it."""
+        context = self.model.config.sequence_len
+        plan(requests)
+        fitting = [request for request in requests if len(request.prompt) <= context]
+        heads = {tuple(request.prompt[:request.shared]) for request in fitting if request.shared}
+        capacity = max((request.tail() + room(request, context) - 1 for request in fitting), default=1)
+        prefix_capacity = max(map(len, heads), default=1)
+        capacity, prefix_capacity = (-(-max(positions, 1) // 64) * 64 for positions in (capacity, prefix_capacity))
+        batch = self.batch(max(1, min(rows, len(requests))), capacity, 1 / 8, min(len(heads), rows), prefix_capacity)
+        for request in sorted(requests, key=lambda request: len(request.prompt)):
+            batch.add(request)
+        return batch
 
     def run(self, requests: list[Request], rows: int = 256, progress: bool = False) -> None:
         """Complete all requests, `rows` at a time: the general form of what follows."""
-        context = self.model.config.sequence_len
-        capacity = max((min(context, len(r.prompt) + (context if r.max_tokens is None else r.max_tokens)) for r in requests),
-                       default=1)
-        batch = self.batch(min(rows, max(1, len(requests)), self.rows_that_fit(capacity)), capacity, refill=1 / 8)
-        for request in sorted(requests, key=lambda request: len(request.prompt)):
-            batch.add(request)
+        batch = self.batch_of(requests, rows)
         with progress_bar(total=len(requests), desc="answers") if progress else contextlib.nullcontext() as bar:
             while batch:
                 finished = batch.step()
                 if bar is not None:
                     bar.update(len(finished))
+        self.runner.spare = batch.slots
 
     def generate_many(self, prompts: list[list[int]], num_samples: int = 1, max_tokens: int | None = None,
                       temperature: float = 1.0, top_k: int | None = None, seed: int = 42, top_p: float | None = None,
@@ -113,11 +112,10 @@ class Engine:
 
         A sample that has ended goes on with <|assistant_end|>, mask 0. Stop iterating to stop generating.
         """
-        batch = self.batch(num_samples, len(tokens) + (max_tokens or self.model.config.sequence_len))
         said: list[tuple[int, Token]] = []
-        for number in range(num_samples):
-            batch.add(Request(tokens, max_tokens, temperature, top_k, None, seed, number,
-                              watch=lambda token, number=number: said.append((number, token))))
+        batch = self.batch_of([Request(tokens, max_tokens, temperature, top_k, None, seed, number,
+                                       watch=lambda token, number=number: said.append((number, token)))
+                               for number in range(num_samples)], num_samples)
         while batch:
             batch.step()
             column, mask = [self.assistant_end] * num_samples, [0] * num_samples
@@ -135,8 +133,7 @@ class Engine:
         """
         said: list[Token] = []
         request = Request(tokens, max_tokens, temperature, top_k, top_p, seed, watch=said.append, top=top)
-        batch = self.batch(1, len(tokens) + (max_tokens or self.model.config.sequence_len))
-        batch.add(request)
+        batch = self.batch_of([request])
         speller = Speller(self.tokenizer)
         while batch:
             batch.step()

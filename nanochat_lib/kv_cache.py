@@ -55,22 +55,6 @@ class KVCache:
         self.longest += T
         self.counts = None
 
-    def append_rows(self, source: "KVCache", rows: list[int], at: int) -> None:
-        """Copy `rows` of `source` behind the first `at` rows: one prompt may serve many."""
-        self.allocate(source.store[0, 0].transpose(1, 2))
-        index, end = torch.tensor(rows, device=source.store.device), source.longest
-        self.store[:, :, at:at + len(rows), :, :end] = source.store[:, :, :, :, :end].index_select(2, index)
-        self.longest = max(self.longest, end)
-        previous = source.previous[index]
-        self.previous = torch.cat((self.previous[:at], previous)) if at else previous
-
-    def close_holes(self, source: list[int], target: list[int], keep: int) -> None:
-        """Copy rows `source` over the finished rows `target`; the first `keep` rows remain."""
-        if source:
-            self.store[:, :, target, :, :self.longest] = self.store[:, :, source, :, :self.longest]
-            self.previous[target] = self.previous[source]
-        self.previous = self.previous[:keep]
-
 
 def cache_bytes(config: GPTConfig, rows: int, capacity: int, bytes_per_number: int = 4) -> int:
     """Memory of keys and values: 2 · layers · rows · kv heads · positions · head dim numbers."""

@@ -6,7 +6,7 @@ import torch
 
 from nanochat_lib.fused import SOFTCAP
 from nanochat_lib.gpt import GPT, SMEAR_CHANNELS, VALUE_CHANNELS, window_sizes
-from nanochat_lib.kv_cache import KVCache
+from nanochat_lib.slots import Slots
 
 
 EPSILON = np.float32(torch.finfo(torch.float32).eps)  # that of F.rms_norm
@@ -36,16 +36,17 @@ class NumpyStep:
     def suits(model: GPT) -> bool:
         return type(model) is GPT and model.lm_head.weight.device.type == "cpu" and model.dtype == torch.float32
 
-    def __call__(self, token: int, cache: KVCache) -> torch.Tensor:
-        """Logits (1, V) after `token`, which the cache's only row holds afterwards."""
-        w, position = self.weights, cache.longest
-        if position >= cache.capacity:
-            raise ValueError(f"a cache of {cache.capacity} positions has no place for {position + 1}")
+    def __call__(self, slots: Slots) -> torch.Tensor:
+        """Logits (1, V) after the token slots.ids[0], which row 0 holds afterwards."""
+        w, (token, length, offset, place) = self.weights, slots.inputs[:, 0].tolist()
         x = norm(w["transformer.wte.weight"][token])
-        before, cache.previous = cache.previous[0].numpy(), torch.from_numpy(x)[None]
+        previous = slots.previous[0].numpy()
         gate = w["smear_lambda"] * sigmoid(w["smear_gate.weight"].dot(x[:SMEAR_CHANNELS]))
-        x = x0 = x + gate * before
-        store = cache.store[:, :, 0].numpy()  # (2, layer, kv head, position, head dim)
+        x0 = x + gate * previous
+        previous[:], x = x, x0
+        tails, head = slots.tails[:, :, 0].numpy(), None  # (layer, 2, kv head, position, head dim)
+        if offset:
+            head = slots.heads[:, :, place, :, :offset].numpy()
         for layer, (c_q, c_k, c_v, c_proj, c_fc, c_out, ve_gate) in enumerate(self.layers):
             x = w["resid_lambdas"][layer] * x + w["x0_lambdas"][layer] * x0
             h = norm(x)
@@ -53,25 +54,34 @@ class NumpyStep:
             if ve_gate is not None:
                 ve = w[f"value_embeds.{layer}.weight"][token].reshape(v.shape)
                 v = v + (3 * sigmoid(ve_gate.dot(h[:VALUE_CHANNELS])))[:, None] * ve
-            qk = np.concatenate((c_q.dot(h), c_k.dot(h)))
-            x = x + c_proj.dot(self.attend(qk, v, store[:, layer], position, self.windows[layer]))
+            q, k = self.turn(np.concatenate((c_q.dot(h), c_k.dot(h))), length + offset)
+            tails[layer, 0, :, length], tails[layer, 1, :, length] = k, v
+            first = length + offset - self.windows[layer]  # the first position in sight
+            parts = [tails[layer, :, :, max(0, first - offset):length + 1]]
+            if max(0, first) < offset:
+                parts.append(head[layer, :, :, max(0, first):])
+            x = x + c_proj.dot(self.look_back(q, parts))
             x = x + c_out.dot(np.square(np.maximum(c_fc.dot(norm(x)), 0)))
             if layer == self.config.n_layer // 2:
                 halfway = x
-        cache.advance(1)
         logits = w["lm_head.weight"][:self.config.vocab_size].dot(norm(x - w["backout_lambda"] * halfway))
         return torch.from_numpy(np.tanh(logits / np.float32(SOFTCAP)) * np.float32(SOFTCAP))[None]
 
-    def attend(self, qk: np.ndarray, v: np.ndarray, store: np.ndarray, position: int, window: int) -> np.ndarray:
-        """Turn and norm queries and keys (heads one after another), keep k and v, look back → (C,)."""
+    def turn(self, qk: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Queries (kv head, queries of it, head dim) and keys (kv head, head dim), turned by their position and normed."""
         config, half = self.config, self.config.head_dim // 2
         qk, cos, sin = qk.reshape(-1, 2, half), self.cos[position], self.sin[position]
         turned = np.concatenate((qk[:, 0] * cos + qk[:, 1] * sin, qk[:, 1] * cos - qk[:, 0] * sin), axis=1)
         size = np.einsum("hd,hd->h", turned, turned) / np.float32(2 * half) + EPSILON
         turned *= (np.float32(1.2) / np.sqrt(size))[:, None]
-        store[0, :, position], store[1, :, position] = turned[config.n_head:], v
-        keys, values = store[:, :, max(0, position - window):position + 1]
-        q = turned[:config.n_head].reshape(config.n_kv_head, -1, 2 * half)  # (kv head, queries of it, head dim)
-        scores = np.matmul(q, keys.transpose(0, 2, 1)) * np.float32((2 * half) ** -0.5)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return (np.matmul(weights, values) / weights.sum(axis=-1, keepdims=True)).ravel()
+        return turned[:config.n_head].reshape(config.n_kv_head, -1, 2 * half), turned[config.n_head:]
+
+    @staticmethod
+    def look_back(q: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+        """Attention over parts (2, kv head, positions, head dim) → (C,). Scores are bounded (see decoder.look_back)."""
+        q = q * np.float32(q.shape[-1] ** -0.5)
+        total = weight = 0
+        for keys, values in parts:
+            scores = np.exp(np.matmul(q, keys.transpose(0, 2, 1)))
+            total, weight = total + np.matmul(scores, values), weight + scores.sum(axis=-1, keepdims=True)
+        return (total / weight).ravel()

@@ -44,3 +44,11 @@ def sample(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, 
         logits = logits.masked_fill(p.cumsum(dim=-1) - p >= top_p, -torch.inf)
     place = (logits + gumbel(seeds, ids)).argmax(dim=-1, keepdim=True)
     return ids.expand_as(logits).gather(-1, place)[:, 0]
+
+
+def pick(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+         top_p: float | None = None) -> torch.Tensor:
+    """Sampled tokens and their log-probabilities by the model itself, before temperature and top-k: (2, B) float64."""
+    ids = sample(logits, seeds, temperature, top_k, top_p)
+    logprobs = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    return torch.stack((ids.double(), logprobs.double()))

@@ -26,8 +26,8 @@ class ScriptedBatch(Batch):
             script = self.engine.script(self.engine.question(request.prompt))
             if isinstance(script, Exception):
                 raise script
-            place = self.line[row]
-            chosen = int(self.mask[place, :self.counts[place]].sum())  # forced tokens are not the script's
+            place = self.notes.line[row]
+            chosen = int(self.notes.mask[place, :self.notes.counts[place]].sum())  # forced tokens are not the script's
             tokens[row] = script[chosen] if chosen < len(script) else self.engine.assistant_end
         return tokens, logprobs
 
@@ -39,8 +39,8 @@ class ScriptedEngine(Engine):
         super().__init__(model, tokenizer)
         self.script, self.pause, self.batches = script, pause, []
 
-    def batch(self, rows, capacity=None, refill=0.0):
-        batch = ScriptedBatch(self, rows, min(capacity or 10**9, self.model.config.sequence_len), refill)
+    def batch(self, rows, capacity=None, refill=0.0, *shared):
+        batch = ScriptedBatch(self, super().batch(rows, capacity, refill, *shared).slots, refill)
         self.batches.append(batch)
         return batch
 

@@ -3,7 +3,7 @@
 
     python -m nanochat_lib.scripts.infer_bench                   # laptop-sized model, random weights
     python -m nanochat_lib.scripts.infer_bench --source sft      # a trained one
-    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048
+    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048 --vocab-size 32768
 """
 
 import random
@@ -16,10 +16,10 @@ import torch
 
 from nanochat_lib.checkpoint import load_model
 from nanochat_lib.common import pick_device, print0, run_cli
-from nanochat_lib.batch import Request
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
 from nanochat_lib.kv_cache import cache_bytes
+from nanochat_lib.request import Request
 from nanochat_lib.tokenizer import Tokenizer
 
 
@@ -56,14 +56,19 @@ def medians(contestants: dict[str, Callable[[], int]], repeats: int, device: tor
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second this device reads from memory, measured on 256 MB."""
-    block = torch.ones(2**26, device=device)
-    return 2**28 * medians({"read": lambda: int(block.sum() > 0)}, 5, device)["read"]
+    """Bytes per second this device reads from memory, measured on 1 GiB (256 MiB on a CPU)."""
+    block = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    read = {"read": lambda: block.sum() is None or block.nbytes}
+    medians(read, 1, device)
+    return medians(read, 5, device)["read"]
 
 
-def infer_bench(settings: Settings) -> None:
-    """Measure generation: the cache, the batch, the memory bound."""
-    device = torch.device(pick_device(settings.device_type))
+def verdict(ratio: float, target: float) -> str:
+    return f"{ratio:.1f}× (target {target:g}×: {'reached' if ratio >= target else 'not reached'})"
+
+
+def load(settings: Settings, device: torch.device) -> Engine:
+    """The checkpoint, or a model of random weights; nothing ends an answer early: the work is the same in every round."""
     if settings.source:
         model, tokenizer, _ = load_model(settings.source, device, "eval", settings.model_tag, settings.step)
     else:
@@ -72,56 +77,89 @@ def infer_bench(settings: Settings) -> None:
                            heads * settings.head_dim, "SSSL")
         torch.manual_seed(0)
         model, tokenizer = build_model(config, device).eval(), Tokenizer([bytes([byte]) for byte in range(256)])
-    engine, config, dice = Engine(model, tokenizer), model.config, random.Random(0)
-    engine.notable[:] = False  # nothing ends an answer early: the work is the same in every round
-    room = config.sequence_len - settings.max_new_tokens
+    engine = Engine(model, tokenizer)
+    engine.notable[:] = False
+    return engine
 
-    def prompt(length: int) -> list[int]:
-        return [dice.randrange(256) for _ in range(length)]
 
-    full = prompt(config.sequence_len - 16)
-    running = engine.batch(1)
-    running.add(Request(full, temperature=0.0))
-    running.step()
+class Bench:
+    """The contests, each on the same engine."""
 
-    def one_token() -> int:  # the same place again and again: the longest the cache gets
-        running.counts[:] = 1
-        running.step()
-        return 1
+    def __init__(self, settings: Settings):
+        self.settings, self.device = settings, torch.device(pick_device(settings.device_type))
+        self.engine, self.dice = load(settings, self.device), random.Random(0)
+        self.config = self.engine.model.config
 
-    one = medians({
-        "recomputing": lambda: len(list(model.generate(full, 1, temperature=0.0))),
-        "cached": lambda: sum(one_token() for _ in range(16)),
-    }, settings.repeats, device)
-    print0(f"{config.n_layer} layers of width {config.n_embd}, {model.num_parameters():,} parameters, context "
-           f"{config.sequence_len}, {device.type}, {torch.get_num_threads()} threads")
-    print0(f"one row at {len(full)} tokens: {one['cached']:,.0f} tokens/s with the cache, {one['recomputing']:,.0f} without: "
-           f"{one['cached'] / one['recomputing']:.1f}×")
-    weights = sum(p.numel() * p.element_size() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
-    moved = weights + cache_bytes(config, 1, len(full), running.cache.store.element_size())
-    print0(f"each token reads {moved / 1e6:.1f} MB: {moved * one['cached'] / bandwidth(device):.0%} of this memory's bandwidth")
+    def prompt(self, length: int) -> list[int]:
+        return [self.dice.randrange(256) for _ in range(length)]
 
-    mixed = [Request(prompt(dice.randint(1, room // 2)), dice.randint(1, settings.max_new_tokens))
-             for _ in range(settings.requests)]
-    asked = [prompt(dice.randint(room // 4, room // 2)) for _ in range(settings.questions)]
-    budget = dict(num_samples=settings.questions, max_tokens=settings.max_new_tokens, top_k=50)
+    def contest(self, **contestants: Callable[[], int]) -> dict[str, float]:
+        for run in contestants.values():
+            run()  # the first time everything is slower
+        return medians(contestants, self.settings.repeats, self.device)
 
-    def run(requests: list[Request], rows: int) -> int:
-        engine.run(requests, rows)
+    def complete(self, requests: list[Request], rows: int) -> int:
+        self.engine.run(requests, rows)
         return sum(len(request.completion.tokens) for request in requests)
 
-    def ask(prompts: list[list[int]]) -> int:
-        return sum(len(answer.tokens) for answers in engine.generate_many(prompts, **budget) for answer in answers)
+    def one_row(self) -> None:
+        """A chat's speed near the end of the context, against reading it all again, and against memory."""
+        engine, config, new = self.engine, self.config, 8
+        full = self.prompt(config.sequence_len - 4 * new)
+        batch = engine.batch_of([Request(full, temperature=0.0)])
+        batch.step()
 
-    for title, contestants in {
-        f"{settings.requests} mixed requests": {"batched": lambda: run(mixed, 256), "one by one": lambda: run(mixed, 1)},
-        f"{settings.questions} samples × {settings.questions} questions": {
-            "batched": lambda: ask(asked), "question by question": lambda: sum(ask([one]) for one in asked)},
-    }.items():
-        rates = medians(contestants, settings.repeats, device)
-        text = ", ".join(f"{rate:,.0f} tokens/s {name}" for name, rate in rates.items())
-        batched, single = rates.values()
-        print0(f"{title}: {text}: {batched / single:.1f}×")
+        def cached() -> int:  # the same places again and again
+            batch.notes.counts[:] = 1
+            for _ in range(2 * new):
+                batch.step()
+            return 2 * new
+
+        rates = self.contest(cached=cached, recomputing=lambda: len(list(engine.model.generate(full, new, temperature=0.0))))
+        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} without: "
+               + verdict(rates["cached"] / rates["recomputing"], 10))
+        size = engine.model.dtype.itemsize
+        weights = size * sum(p.numel() for p in (*engine.model.transformer.h.parameters(), *engine.model.lm_head.parameters()))
+        moved, speed = weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
+        share = moved * rates["cached"] / speed
+        print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its bandwidth"
+               + (f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""))
+
+    def mixed(self) -> None:
+        """Requests of mixed lengths, all at once against one after another."""
+        room, count = self.config.sequence_len - self.settings.max_new_tokens, self.settings.requests
+        wishes = [(self.prompt(self.dice.randint(1, room // 2)), self.dice.randint(1, self.settings.max_new_tokens))
+                  for _ in range(count)]
+
+        def run(rows: int) -> int:
+            return self.complete([Request(*wish) for wish in wishes], rows)
+
+        rates = self.contest(batched=lambda: run(256), alone=lambda: run(1))
+        print0(f"{count} mixed requests: {rates['batched']:,.0f} tokens/s batched, {rates['alone']:,.0f} one by one: "
+               + verdict(rates["batched"] / rates["alone"], 6))
+
+    def samples(self) -> None:
+        """A step of reinforcement learning: several answers to each of several questions."""
+        room, count = self.config.sequence_len - self.settings.max_new_tokens, self.settings.questions
+        asked = [self.prompt(self.dice.randint(room // 4, room // 2)) for _ in range(count)]
+
+        def ask(prompts: list[list[int]]) -> int:
+            answers = self.engine.generate_many(prompts, count, self.settings.max_new_tokens, top_k=50)
+            return sum(len(answer.tokens) for samples in answers for answer in samples)
+
+        rates = self.contest(together=lambda: ask(asked), apart=lambda: sum(ask([one]) for one in asked))
+        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} question "
+               "by question: " + verdict(rates["together"] / rates["apart"], 2.5))
+
+
+def infer_bench(settings: Settings) -> None:
+    """Measure generation: the cache, the batch, the memory bound."""
+    bench = Bench(settings)
+    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, context "
+           f"{bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
+    bench.one_row()
+    bench.mixed()
+    bench.samples()
 
 
 if __name__ == "__main__":
