@@ -44,15 +44,39 @@ import matplotlib.pyplot as plt
 
 # %%
 #| export fused
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from nanochat_lib.common import print0
+
+NO_COMPILER: list[str] = []  # why the GPU of this machine goes without torch.compile
+
 
 def by_hand(x: Tensor) -> bool:
     """True where our gradients beat autograd's: training on the CPU, unless a compiler fuses the plain formula."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+def on_gpu_compiled(function: Callable, x: Tensor, *args: Any) -> Any:
+    """function(x, *args), on a GPU through torch.compile, where that works: one pass over memory instead of many."""
+    if x.is_cuda and not NO_COMPILER:
+        try:
+            return compiled(function)(x, *args)
+        except Exception as error:
+            NO_COMPILER.append((str(error).splitlines() or [repr(error)])[0])
+            print0(f"{function.__name__} is not compiled ({NO_COMPILER[0][:150]}): going on without")
+    return function(x, *args)
 
 # %% [markdown]
 # **Norm.** A vector is divided by the root of its mean square; there are no learned weights, since the matrix that
@@ -159,7 +183,7 @@ from torch import Tensor, nn
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
 from nanochat_lib.fused import SOFTCAP, norm, softcap, squared_relu
-from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, rotary_at, rotary_tables, smear
+from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, products, rotary_at, rotary_tables, smear
 from nanochat_lib.loss import head_loss
 
 VALUE_CHANNELS = 12  # a value gate looks at so many channels of a token
@@ -323,6 +347,14 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def products(x: Tensor, linears: list[Linear], at_once: bool) -> list[Tensor]:
+    """The product of x with each of several matrices; `at_once` as one, which keeps a GPU busier than small ones."""
+    if not at_once or any(type(linear) is not Linear for linear in linears):
+        return [linear(x) for linear in linears]
+    weight = torch.cat([linear.weight.to(x.dtype) for linear in linears])
+    return list(F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1))
+
+
 def smear(x: Tensor, gate: Linear, strength: Tensor, kv_cache: Any = None) -> Tensor:
     """Add to each token's embedding (B, T, C) a gated part of the one before it, if there is one."""
     if kv_cache is None:
@@ -378,7 +410,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], kv_cache: Any = None) -> Tensor:
         """x (B, T, C), ve (B, T, kv_dim) → (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
+        parts = products(x, [self.c_q, self.c_k, self.c_v], at_once=x.is_cuda and torch.is_grad_enabled())
+        q, k, v = (part.view(B, T, -1, self.head_dim) for part in parts)
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_CHANNELS]))  # (B, T, n_kv_head), within 0 … 3
             v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v))

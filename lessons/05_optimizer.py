@@ -36,6 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat_lib.common import NanochatError
+from nanochat_lib.fused import on_gpu_compiled
 from nanochat_lib.muon import muon_step, second_moment_like
 
 # %%
@@ -101,8 +102,9 @@ def adamw_step(weights: list[torch.Tensor], gradients: list[torch.Tensor], first
     torch._foreach_add_(weights, updates, alpha=-lr / (1 - beta1**step))
 
 # %% [markdown]
-# Ten passes over the tensors, and a vocabulary's tables are most of a small model: on a CPU the step waits for memory
-# ten times. Taken in pieces that stay in the cache from the first pass to the last, each number travels once.
+# Ten passes over the tensors, and a vocabulary's tables are most of a small model: the step waits for memory ten times.
+# A GPU's compiler makes one pass of the formula. On a CPU we take pieces that stay in the cache from the first pass to
+# the last: each number travels once, and comes out the same to the last bit.
 
 # %%
 #| export
@@ -110,13 +112,35 @@ PIECE = 2**15  # elements for each thread: six float32 tensors of them take 768 
 
 
 def pieces(*lists: list[torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], ...]]:
-    """Lists of tensors of the same shapes → the same lists as pieces, views that a cache holds. On a GPU: as they are."""
-    if lists[0][0].device.type != "cpu":
-        yield lists
-        return
+    """Lists of contiguous tensors of the same shapes → the same lists as pieces, views that a CPU's cache holds."""
     for tensors in zip(*lists):
         parts = (tensor.view(-1).split(PIECE * torch.get_num_threads()) for tensor in tensors)
         yield from (tuple([part] for part in piece) for piece in zip(*parts))
+
+
+def adamw_formula(w: torch.Tensor, g: torch.Tensor, first: torch.Tensor, second: torch.Tensor, numbers: torch.Tensor,
+                  beta1: float, beta2: float, eps: float) -> None:
+    """`adamw_step` of one tensor, for a compiler; numbers: what changes from step to step, or it would compile again."""
+    kept, rate, correction = numbers.unbind()
+    first.lerp_(g, 1 - beta1)
+    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    w.copy_(w * kept - rate * first / ((second * correction).sqrt() + eps))
+
+
+def fast_adamw(weights: list[torch.Tensor], gradients: list[torch.Tensor], first: list[torch.Tensor],
+               second: list[torch.Tensor], step: int, lr: float, betas: tuple[float, float], eps: float,
+               weight_decay: float) -> None:
+    """`adamw_step` in one pass over memory: large tensors compiled on a GPU, in pieces on a CPU."""
+    if not weights[0].is_cuda:
+        for parts in pieces(weights, gradients, first, second):
+            adamw_step(*parts, step, lr, betas, eps, weight_decay)
+    elif weights[0].numel() < 2**16:
+        adamw_step(weights, gradients, first, second, step, lr, betas, eps, weight_decay)
+    else:
+        numbers = (1 - lr * weight_decay, lr / (1 - betas[0]**step), 1 / (1 - betas[1]**step))
+        numbers = torch.tensor(numbers, device=weights[0].device)
+        for tensors in zip(weights, gradients, first, second):
+            on_gpu_compiled(adamw_formula, *tensors, numbers, *betas, eps)
 
 # %%
 first, second = torch.zeros(2), torch.zeros(2)
@@ -229,6 +253,7 @@ def express(steps=5, low=1e-3, safety=2e-2, cushion=2e-2):
 import torch
 
 from nanochat_lib.common import compute_dtype
+from nanochat_lib.fused import on_gpu_compiled
 
 # p(x) = a·x + b·x³ + c·x⁵, one after the other: 5 steps, safety 2e-2, cushion 2e-2 (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -240,14 +265,14 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(matrices: torch.Tensor) -> torch.Tensor:
+def polar_express(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(N, rows, cols) → the same singular vectors, every singular value near 1 (arXiv 2505.16932).
 
-    Only matrix products, on the shorter side; in bfloat16 where that is the compute dtype, else in float32.
+    Only matrix products, on the shorter side; in bfloat16 where that is `dtype` (the compute dtype), else in float32.
     """
     norm = torch.linalg.matrix_norm(matrices, keepdim=True)
     x = matrices / (1.01 * norm).clamp_min(1e-30)
-    if compute_dtype(matrices.device) == torch.bfloat16:
+    if (dtype or compute_dtype(matrices.device)) == torch.bfloat16:
         x = x.bfloat16()
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
@@ -322,6 +347,11 @@ def reduce_variance(updates: torch.Tensor, second: torch.Tensor, beta2: float) -
 
 # %%
 #| export muon
+def direction(gradients: torch.Tensor, second: torch.Tensor, beta2: float, dtype: torch.dtype) -> torch.Tensor:
+    """Where matrices (N, rows, cols) go, each of norm √min(rows, cols); `second` is updated in place."""
+    return reduce_variance(set_norm(polar_express(equalize_rows(gradients), dtype)), second, beta2)
+
+
 def muon_step(weights: torch.Tensor, gradients: torch.Tensor, momentum_buffer: torch.Tensor, second: torch.Tensor,
               lr: float, momentum: float, beta2: float, weight_decay: float) -> None:
     """One Muon step on a stack of matrices (N, rows, cols) of one shape, in place on weights and both buffers.
@@ -330,8 +360,8 @@ def muon_step(weights: torch.Tensor, gradients: torch.Tensor, momentum_buffer: t
     """
     rate = lr * max(1.0, weights.size(-2) / weights.size(-1)) ** 0.5
     momentum_buffer.lerp_(gradients, 1 - momentum)
-    updates = polar_express(equalize_rows(gradients.lerp(momentum_buffer, momentum)))
-    updates = reduce_variance(set_norm(updates), second, beta2)
+    dtype = compute_dtype(weights.device)
+    updates = on_gpu_compiled(direction, gradients.lerp(momentum_buffer, momentum), second, beta2, dtype)
     if weight_decay:  # only where the step pulls a weight towards zero anyway
         updates = updates.addcmul(weights, updates * weights >= 0, value=weight_decay)
     weights.sub_(updates, alpha=rate)
@@ -579,8 +609,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["step"] += 1
             gradients, weights = [s.gradient() for s in shards], [s.weights() for s in shards]
             if group["kind"] == "adamw":
-                for parts in pieces(weights, gradients, state["first"], state["second"]):
-                    adamw_step(*parts, state["step"], group["lr"], group["betas"], group["eps"], group["weight_decay"])
+                fast_adamw(weights, gradients, state["first"], state["second"], state["step"],
+                           group["lr"], group["betas"], group["eps"], group["weight_decay"])
             elif len(weights[0]):
                 muon_step(weights[0], gradients[0], state["first"][0], state["second"][0],
                           group["lr"], group["momentum"], group["beta2"], group["weight_decay"])

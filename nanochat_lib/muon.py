@@ -4,6 +4,7 @@
 import torch
 
 from nanochat_lib.common import compute_dtype
+from nanochat_lib.fused import on_gpu_compiled
 
 # p(x) = a·x + b·x³ + c·x⁵, one after the other: 5 steps, safety 2e-2, cushion 2e-2 (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -15,14 +16,14 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(matrices: torch.Tensor) -> torch.Tensor:
+def polar_express(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(N, rows, cols) → the same singular vectors, every singular value near 1 (arXiv 2505.16932).
 
-    Only matrix products, on the shorter side; in bfloat16 where that is the compute dtype, else in float32.
+    Only matrix products, on the shorter side; in bfloat16 where that is `dtype` (the compute dtype), else in float32.
     """
     norm = torch.linalg.matrix_norm(matrices, keepdim=True)
     x = matrices / (1.01 * norm).clamp_min(1e-30)
-    if compute_dtype(matrices.device) == torch.bfloat16:
+    if (dtype or compute_dtype(matrices.device)) == torch.bfloat16:
         x = x.bfloat16()
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
@@ -60,6 +61,11 @@ def reduce_variance(updates: torch.Tensor, second: torch.Tensor, beta2: float) -
     return updates * (scale * (before / after.clamp_min(1e-30)).sqrt())
 
 
+def direction(gradients: torch.Tensor, second: torch.Tensor, beta2: float, dtype: torch.dtype) -> torch.Tensor:
+    """Where matrices (N, rows, cols) go, each of norm √min(rows, cols); `second` is updated in place."""
+    return reduce_variance(set_norm(polar_express(equalize_rows(gradients), dtype)), second, beta2)
+
+
 def muon_step(weights: torch.Tensor, gradients: torch.Tensor, momentum_buffer: torch.Tensor, second: torch.Tensor,
               lr: float, momentum: float, beta2: float, weight_decay: float) -> None:
     """One Muon step on a stack of matrices (N, rows, cols) of one shape, in place on weights and both buffers.
@@ -68,8 +74,8 @@ def muon_step(weights: torch.Tensor, gradients: torch.Tensor, momentum_buffer: t
     """
     rate = lr * max(1.0, weights.size(-2) / weights.size(-1)) ** 0.5
     momentum_buffer.lerp_(gradients, 1 - momentum)
-    updates = polar_express(equalize_rows(gradients.lerp(momentum_buffer, momentum)))
-    updates = reduce_variance(set_norm(updates), second, beta2)
+    dtype = compute_dtype(weights.device)
+    updates = on_gpu_compiled(direction, gradients.lerp(momentum_buffer, momentum), second, beta2, dtype)
     if weight_decay:  # only where the step pulls a weight towards zero anyway
         updates = updates.addcmul(weights, updates * weights >= 0, value=weight_decay)
     weights.sub_(updates, alpha=rate)

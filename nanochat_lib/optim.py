@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat_lib.common import NanochatError
+from nanochat_lib.fused import on_gpu_compiled
 from nanochat_lib.muon import muon_step, second_moment_like
 
 
@@ -36,13 +37,35 @@ PIECE = 2**15  # elements for each thread: six float32 tensors of them take 768 
 
 
 def pieces(*lists: list[torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], ...]]:
-    """Lists of tensors of the same shapes → the same lists as pieces, views that a cache holds. On a GPU: as they are."""
-    if lists[0][0].device.type != "cpu":
-        yield lists
-        return
+    """Lists of contiguous tensors of the same shapes → the same lists as pieces, views that a CPU's cache holds."""
     for tensors in zip(*lists):
         parts = (tensor.view(-1).split(PIECE * torch.get_num_threads()) for tensor in tensors)
         yield from (tuple([part] for part in piece) for piece in zip(*parts))
+
+
+def adamw_formula(w: torch.Tensor, g: torch.Tensor, first: torch.Tensor, second: torch.Tensor, numbers: torch.Tensor,
+                  beta1: float, beta2: float, eps: float) -> None:
+    """`adamw_step` of one tensor, for a compiler; numbers: what changes from step to step, or it would compile again."""
+    kept, rate, correction = numbers.unbind()
+    first.lerp_(g, 1 - beta1)
+    second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    w.copy_(w * kept - rate * first / ((second * correction).sqrt() + eps))
+
+
+def fast_adamw(weights: list[torch.Tensor], gradients: list[torch.Tensor], first: list[torch.Tensor],
+               second: list[torch.Tensor], step: int, lr: float, betas: tuple[float, float], eps: float,
+               weight_decay: float) -> None:
+    """`adamw_step` in one pass over memory: large tensors compiled on a GPU, in pieces on a CPU."""
+    if not weights[0].is_cuda:
+        for parts in pieces(weights, gradients, first, second):
+            adamw_step(*parts, step, lr, betas, eps, weight_decay)
+    elif weights[0].numel() < 2**16:
+        adamw_step(weights, gradients, first, second, step, lr, betas, eps, weight_decay)
+    else:
+        numbers = (1 - lr * weight_decay, lr / (1 - betas[0]**step), 1 / (1 - betas[1]**step))
+        numbers = torch.tensor(numbers, device=weights[0].device)
+        for tensors in zip(weights, gradients, first, second):
+            on_gpu_compiled(adamw_formula, *tensors, numbers, *betas, eps)
 
 
 SMALL = 1024  # tensors of fewer elements are not worth sharding
@@ -216,8 +239,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["step"] += 1
             gradients, weights = [s.gradient() for s in shards], [s.weights() for s in shards]
             if group["kind"] == "adamw":
-                for parts in pieces(weights, gradients, state["first"], state["second"]):
-                    adamw_step(*parts, state["step"], group["lr"], group["betas"], group["eps"], group["weight_decay"])
+                fast_adamw(weights, gradients, state["first"], state["second"], state["step"],
+                           group["lr"], group["betas"], group["eps"], group["weight_decay"])
             elif len(weights[0]):
                 muon_step(weights[0], gradients[0], state["first"][0], state["second"][0],
                           group["lr"], group["momentum"], group["beta2"], group["weight_decay"])

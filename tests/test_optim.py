@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.muon import POLAR_EXPRESS, equalize_rows, muon_step, polar_express, second_moment_like
-from nanochat_lib.optim import PIECE, MuonAdamW, Shard, adamw_step, owned_rows, parameter_groups, pieces
+from nanochat_lib.muon import POLAR_EXPRESS, direction, equalize_rows, muon_step, polar_express, second_moment_like
+from nanochat_lib.optim import PIECE, MuonAdamW, Shard, adamw_formula, adamw_step, owned_rows, parameter_groups, pieces
 from tests.optim_worker import train
 
 
@@ -155,6 +155,30 @@ def test_muon_in_bfloat16_where_that_is_the_compute_dtype(monkeypatch):
     rough = polar_express(matrices)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.1
+
+
+def test_a_compiler_takes_muons_direction_whole():
+    for shape in ((2, 16, 16), (2, 24, 8), (1, 8, 24)):
+        g, second = randn(*shape), second_moment_like(randn(*shape))
+        again = second.clone()
+        expected = direction(g, second, 0.9, torch.float32)
+        got = torch.compile(direction, backend="aot_eager", fullgraph=True, dynamic=False)(g, again, 0.9, torch.float32)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(again, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formula_for_a_compiler_is_the_step(dtype):
+    compiled = torch.compile(adamw_formula, backend="aot_eager", fullgraph=True, dynamic=False)
+    ours, theirs = ([randn(30, 8).to(dtype), torch.zeros(30, 8), torch.zeros(30, 8)] for _ in range(2))
+    for step in range(1, 5):
+        g, lr = randn(30, 8, seed=step), 0.1 / step
+        adamw_step([ours[0]], [g], [ours[1]], [ours[2]], step, lr, (0.8, 0.95), 1e-10, 0.1)
+        numbers = torch.tensor((1 - lr * 0.1, lr / (1 - 0.8**step), 1 / (1 - 0.95**step)))
+        compiled(theirs[0], g, theirs[1], theirs[2], numbers, 0.8, 0.95, 1e-10)
+    for a, b in zip(ours, theirs):
+        rounding = 2e-2 if a.dtype == torch.bfloat16 else 1e-5  # the step rounds twice, the formula once
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
 
 
 def test_groups_hold_every_parameter_once(make_model):
