@@ -1307,6 +1307,71 @@ HTML("<table><tr><th>asked</th><th>base model</th><th>after SFT</th></tr>"
      + "".join(f"<tr>{cell}</tr>" for cell in cells) + "</table>")
 
 # %% [markdown]
+# ## What each part of the mixture teaches
+#
+# Leave a part out and see what is missing. Four runs of a few seconds from the same base model: on everything, without
+# the word problems (the only ones that call the calculator), without quizzes, and without talk about people. Held-out
+# questions tell the difference.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import copy
+
+from nanochat_lib.tasks import TaskMixture
+from nanochat_lib.tasks.evaluate import calls_in
+
+PARTS = {"multiple_choice": 500, "word_problems_1": 300, "facts": 500, "letter_counting": 200}  # conversations at most
+base, tokenizer, _ = load_model("base", "cpu", "train")
+
+
+def fine_tune(names, steps=24):
+    """A copy of the base model after a few small steps on these tasks."""
+    tuned = copy.deepcopy(base)
+    shown = TaskMixture([world_tasks[name]("train", folder)[:PARTS[name]] for name in names])
+    optimizer = tuned.setup_optimizer(unembedding_lr=0.002, embedding_lr=0.05, matrix_lr=0.006, scalar_lr=0.05)
+    for step, (inputs, targets) in zip(range(steps), ConversationLoader(tokenizer, shown, 4, 256)):
+        tuned(inputs, targets).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * min(1, 2 * (1 - step / steps))
+        optimizer.step()
+        optimizer.zero_grad()
+    return tuned.eval()
+
+
+def habits(tuned, count=40):
+    """What a model does with `count` held-out questions of each kind, greedily; shares."""
+    engine, said, right = Engine(tuned, tokenizer), {}, {}
+    for name in ("word_problems_1", "multiple_choice", "facts"):
+        task = world_tasks[name]("test", folder)[:count]
+        prompts = [tokenizer.render_for_completion(one) for one in task]
+        said[name] = [answer for answer, in engine.generate_many(prompts, max_tokens=48, temperature=0.0)]
+        right[name] = sum(task.evaluate(one, tokenizer.decode(a.tokens)) for one, a in zip(task, said[name])) / count
+    return {"calls the calculator": sum(calls_in(a, engine) == "answered" for a in said["word_problems_1"]) / count,
+            "word problems right": right["word_problems_1"], "facts right": right["facts"],
+            "a letter to a quiz": sum(tokenizer.decode(a.tokens) in {*"ABCD"} for a in said["multiple_choice"]) / count}
+
+
+left_out = {"all of it": None, "no tool data": "word_problems_1", "no quizzes": "multiple_choice", "no talk": "facts"}
+found = {label: habits(fine_tune([name for name in PARTS if name != part])) for label, part in left_out.items()}
+
+figure, axes = plt.subplots(1, 4, figsize=(11, 2), sharey=True, layout="constrained")
+for axis, habit in zip(axes, found["all of it"]):
+    values = [shares[habit] for shares in found.values()]
+    bars = axis.barh(list(found), values, color=["C0" if value > 0.5 else "C3" for value in values])
+    axis.bar_label(bars, fmt="%.2f", padding=2)
+    axis.set(title=habit, xlim=(0, 1.25), xticks=(0, 0.5, 1))
+_ = axes[0].invert_yaxis()
+
+# %% [markdown]
+# A habit is learned from a few hundred examples and from nothing else: what is not in the mixture is not in the model.
+# What a model *knows* is another matter. It knew the people before, and most of what it says about them it has from
+# pretraining.
+#
+# The laptop's model can be asked GSM8K and HumanEval too (`chat_eval -a "GSM8K|HumanEval" --task-data DIR`), and scores
+# 0: guessing earns nothing there, and one million parameters and a small town teach neither English nor Python. It runs
+# the same code that grades a real model.
+
+# %% [markdown]
 # ## The command `chat_eval`
 
 # %%
@@ -1761,6 +1826,7 @@ _ = axis.set(xlabel="share of the run that is done", ylabel="factor on the base 
 # 1. `learned_mask`: which tokens of a conversation are learned, told from its markers alone.
 # 2. `inputs_and_targets`: shift, pad, ignore.
 # 3. `choose_letter`: the answer to a quiz, read off the logits of a padded batch.
-# 4. Explore: how much of a batch is padding, and what does a buffer of 100 save?
+# 4. `pack`: which conversations share a row.
+# 5. Explore: how much of a batch is padding, and what does a buffer of 100 save?
 #
 # **Next:** [10 · Reinforcement learning](10_rl.ipynb)

@@ -851,36 +851,34 @@ assert right["format + length"][-1] < 0.5 < right["answer"][-1]
 # divided by what all of them tried.
 
 # %%
-#| export scripts/chat_rl
-"""Reinforcement learning of a chat model: try answers, reward the right ones. Alone, or under torchrun."""
+#| export practice
+"""What a run of reinforcement learning is made of: its settings, the policy that practises, the journal of it."""
 
 # %%
-#| export scripts/chat_rl
+#| export practice
 import json
-import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
-from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gather, load_model, load_optimizer,
-                                     prepare_directory, save_checkpoint, steps_in, write_result)
-from nanochat_lib.common import MetricsLog, NanochatError, Runtime, print0, progress, run_cli, start
+from nanochat_lib.checkpoint import gather, load_model, load_optimizer, prepare_directory
+from nanochat_lib.common import MetricsLog, NanochatError, Runtime, print0
 from nanochat_lib.engine import Engine
 from nanochat_lib.objectives import ALGORITHMS, CLIPS, Terms, kl_to_reference
 from nanochat_lib.rewards import parse_reward
-from nanochat_lib.rl import (Question, Tries, collapsed, learn, questions_of_step, readable, roll_out, row_logprobs,
-                             statistics, token_weights, tries_of)
-from nanochat_lib.tasks import Task, get_task
+from nanochat_lib.rl import (Question, Tries, learn, readable, roll_out, row_logprobs, statistics, token_weights,
+                             tries_of)
+from nanochat_lib.tasks import Task
 from nanochat_lib.tasks.evaluate import pass_at_k
 from nanochat_lib.training import check_loss, set_rates, trim_metrics
 
-SEED = 42
 EVAL_SAMPLES = 8  # answers per question of an evaluation: pass@1 … pass@8
-PRACTICE = {"spelling": "spelling_practice"}  # what a task's name stands for here
 
 # %%
-#| export scripts/chat_rl
+#| export practice
 @dataclass
 class ChatRL:
     """Settings of reinforcement learning."""
@@ -938,7 +936,7 @@ class ChatRL:
     """go on from this model's newest RL checkpoint, if there is one"""
 
 # %%
-#| export scripts/chat_rl
+#| export practice
 def check_settings(settings: ChatRL) -> None:
     for name in ("num_epochs", "device_batch_size", "examples_per_step", "max_new_tokens", "eval_examples",
                  "inner_epochs"):
@@ -964,11 +962,11 @@ def clips_of(settings: ChatRL) -> tuple[float, float]:
 # A run has three parts: a policy that tries and learns, a journal that writes down, and a loop that knows when.
 
 # %%
-#| export scripts/chat_rl
+#| export practice
 class Policy:
     """The model that practises, from the SFT checkpoint or, going on, from its own; tries answers, learns from them."""
 
-    def __init__(self, settings: ChatRL, runtime: Runtime, source: dict, directory: Any, step: int):
+    def __init__(self, settings: ChatRL, runtime: Runtime, source: dict, directory: Path, step: int):
         self.settings, self.runtime, self.directory, self.source = settings, runtime, directory, source
         self.reward = parse_reward(settings.reward, bool(settings.zero_cut))
         tag = source["model_tag"]
@@ -1025,7 +1023,8 @@ class Policy:
         return {"loss": loss, "rows": len(tries.rows) if tries else 0,
                 **({"kl": self.distance(tries, old, reference, terms)} if settings.kl else {})}
 
-    def distance(self, tries: Tries | None, logp: Any, reference: Any, terms: Terms) -> float:
+    def distance(self, tries: Tries | None, logp: torch.Tensor, reference: torch.Tensor,
+                 terms: Terms) -> float:
         """KL divergence from the SFT model before the update, nats per token, over all ranks."""
         mine = 0.0
         if tries:
@@ -1033,15 +1032,15 @@ class Policy:
             mine = kl_to_reference(*tables, tries.rewards, tries.mask()[tries.place], terms).item()
         return sum(gather(mine))
 
-    def logprobs(self, tries: Tries, model: Any) -> Any:
+    def logprobs(self, tries: Tries, model: torch.nn.Module) -> torch.Tensor:
         return row_logprobs(model, tries.rows, self.most, self.settings.temperature)
 
 # %%
-#| export scripts/chat_rl
+#| export practice
 class Journal:
     """What a run leaves for its readers: metrics.jsonl, rollouts.jsonl with every answer, and the curves."""
 
-    def __init__(self, settings: ChatRL, runtime: Runtime, directory: Any, step: int, loop: dict[str, list]):
+    def __init__(self, settings: ChatRL, runtime: Runtime, directory: Path, step: int, loop: dict[str, list]):
         prepare_directory(directory, runtime, step or -1)
         self.runtime, self.rollouts = runtime, directory / "rollouts.jsonl"
         self.history, self.evaluations = loop.get("history", []), loop.get("evaluations", [])
@@ -1077,6 +1076,25 @@ class Journal:
         self.metrics.log(step=step, pass_at_k=curve)
         print0(f"step {step:5}/{steps}: pass@1 {curve[0]:.3f}, pass@{EVAL_SAMPLES} {curve[-1]:.3f} "
                f"on {len(right)} test questions")
+
+# %%
+#| export scripts/chat_rl
+"""Reinforcement learning of a chat model: try answers, reward the right ones. Alone, or under torchrun."""
+
+# %%
+#| export scripts/chat_rl
+import time
+from dataclasses import asdict
+
+from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gather, save_checkpoint, steps_in,
+                                     write_result)
+from nanochat_lib.common import NanochatError, Runtime, print0, progress, run_cli, start
+from nanochat_lib.practice import EVAL_SAMPLES, ChatRL, Journal, Policy, check_settings
+from nanochat_lib.rl import collapsed, questions_of_step
+from nanochat_lib.tasks import Task, get_task
+
+SEED = 42
+PRACTICE = {"spelling": "spelling_practice"}  # what a task's name stands for here
 
 # %%
 #| export scripts/chat_rl
@@ -1388,6 +1406,7 @@ for answer in question["answers"][:4]:
 # 1. `group_advantages`: better or worse than one's siblings.
 # 2. `policy_gradient_loss`: the whole of REINFORCE in two lines.
 # 3. `pass_at_k`: the chance that one of k tries is right, without bias.
-# 4. Explore: what is the best constant baseline?
+# 4. `careful_reward`: a reward of your own, which the check tries to cheat.
+# 5. Explore: what is the best constant baseline?
 #
 # **Next:** [11 · The full run](11_full_run.ipynb)

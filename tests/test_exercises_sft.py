@@ -12,7 +12,7 @@ def solutions():
     return solutions_of("09_sft")
 
 
-@pytest.mark.parametrize("name", ["learned_mask", "inputs_and_targets", "choose_letter"])
+@pytest.mark.parametrize("name", ["learned_mask", "inputs_and_targets", "choose_letter", "pack"])
 def test_solutions_pass(solutions, name, base_dir):
     verdict = getattr(check, name)(solutions[name])
     assert verdict.passed, verdict
@@ -92,6 +92,37 @@ def test_wrong_rows(answer, sentence, base_dir):
 ])
 def test_wrong_letters(answer, sentence, base_dir):
     assert sentence in check.choose_letter(answer).sentence
+
+
+def packing(choose=max, latest=False, refill=True, drop_last=False):
+    """A learner's packing with one thing wrong."""
+    def answer(lengths, capacity, waiting):
+        rows, buffer, rest, room = [], [], list(range(len(lengths))), 0
+        while buffer or rest:
+            if refill or not any(lengths[place] <= room for place in buffer):
+                buffer, rest = buffer + rest[:waiting - len(buffer)], rest[waiting - len(buffer):]
+            fitting = [place for place in buffer if lengths[place] <= room]
+            if not fitting:
+                rows, room = [*rows, []], capacity
+                continue
+            best = choose(fitting[::-1] if latest else fitting, key=lambda place: lengths[place])
+            buffer.remove(best)
+            rows[-1].append(best)
+            room -= lengths[best]
+        return rows[:-1] if drop_last else rows
+    return answer
+
+
+@pytest.mark.parametrize("answer, sentence", [
+    (packing(choose=lambda fitting, key: fitting[0]), "the longest that fits goes first"),
+    (packing(choose=min), "the longest that fits"),
+    (packing(latest=True), "came first"),
+    (packing(refill=False), "joins those that wait"),
+    (packing(drop_last=True), "the last row included"),
+    (lambda lengths, capacity, waiting: [list(range(len(lengths)))], "first 6"),
+])
+def test_wrong_packing(answer, sentence, base_dir):
+    assert sentence in check.pack(answer).sentence
 
 
 @pytest.mark.parametrize("answer, sentence", [

@@ -75,6 +75,32 @@ def pass_at_k(answer):
                  rtol=1e-2)
 
 
+@exercise(difficulty=3, importance=5, minutes=20, hints=[
+    "Split at the mark: work, mark, number = answer.strip().partition('#### ').",
+    "re.fullmatch(r'-?\\d+', number) is None unless the rest is one whole number and nothing else.",
+    "A second #### lands in the rest, and is no number.",
+])
+def careful_reward(answer):
+    got = answer("They cost 6 pence.\n#### 6", "6")
+    expect_type(got, (float, int))
+    expect_close(got, 1.0, "Work, the mark and the right number: 1.")
+    expect_close(answer("They cost 7 pence.\n#### 7", "6"), 0.1, "The form is kept and the number wrong: 0.1.")
+    tricks = {
+        "#### 6": "A bare number was paid: it is a guess as good as any, and soon all answers are guesses. Ask for work.",
+        "They cost 6 pence.": "An answer without #### was paid.",
+        "Either way #### 5 #### 6 #### 7": "Three final numbers were paid: it will learn to name all numbers there are.",
+        "Pence.\n#### 6 or 7": "Two numbers after one mark were paid: it will learn to hedge.",
+        "Pence.\n#### 6 and now a story": "Text after the number was paid: it will learn never to end.",
+        "Pence.\n#### ": "A mark without a number was paid.",
+        "  \n #### 6": "Blanks were taken for work.",
+    }
+    for text, sentence in tricks.items():
+        expect(float(answer(text, "6")) == 0.0, sentence)
+    expect_close(answer("Pence.\n#### 12", "2"), 0.1, "12 is not 2: compare the whole number, not its end.")
+    expect_close(answer("Pence.\n#### 12", "1"), 0.1, "12 is not 1: compare the whole number, not its beginning.")
+    expect_close(answer("She owes.\n#### -4 ", "-4"), 1.0, "Numbers may be negative, and a blank at the end is harmless.")
+
+
 @exercise(difficulty=3, importance=3, minutes=20, hints=[
     "∇log p(a) with respect to the logits is onehot(a) − p.",
     "Total variance = E[(r − b)²·|∇log p|²] − |E[…]|², and the second part does not depend on b.",

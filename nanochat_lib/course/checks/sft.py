@@ -1,5 +1,7 @@
 """Checks of the exercises of lesson 09."""
 
+import random
+
 import torch
 
 from nanochat_lib.course.grading import exercise, expect, expect_equal, expect_shape, expect_type
@@ -121,6 +123,49 @@ def choose_letter(answer):
     expected = [max(range(4), key=lambda k: float(logits[b, lengths[b] - 1, letters[k]])) for b in range(16)]
     expect_equal(answer(logits, lengths, letters).tolist(), expected, "On 16 random rows some letters differ.")
     expect(torch.equal(logits, before), "The logits were changed: they belong to the caller.")
+
+
+def packed(lengths: list[int], capacity: int, waiting: int) -> list[list[int]]:
+    """The reference: best fit by sorting what waits anew for every placement."""
+    rest, buffer, rows, room = list(range(len(lengths))), [], [], 0
+    while rest or buffer:
+        buffer, rest = buffer + rest[:waiting - len(buffer)], rest[waiting - len(buffer):]
+        order = sorted((place for place in buffer if lengths[place] <= room), key=lambda place: (-lengths[place], place))
+        if order:
+            buffer.remove(order[0])
+            rows[-1].append(order[0])
+            room -= lengths[order[0]]
+        else:
+            rows, room = [*rows, []], capacity
+    return rows
+
+
+@exercise(difficulty=3, importance=4, minutes=20, hints=[
+    "Keep a list of waiting places; fill it up before every placement.",
+    "max(fitting, key=lambda place: lengths[place]) gives the first of the longest.",
+    "A loop that ends when nothing waits and nothing is left; a new row when nothing that waits fits.",
+])
+def pack(answer):
+    got = answer([4, 6, 5], 10, 3)
+    expect_type(got, list)
+    expect(all(isinstance(row, list) for row in got), "Return a list of rows, each a list of places.")
+    placed = sorted(place for row in got for place in row)
+    expect(placed == [0, 1, 2], "Every conversation is placed exactly once, the last row included.")
+    expect(got != [[0, 1], [2]], "In the order they come 4 and 6 fill a row by luck: the longest that fits goes first.")
+    expect_equal(got, [[1, 0], [2]], "Lengths 4, 6, 5 in rows of 10: first 6, then the longest that fits into 4.")
+    expect_equal(answer([3, 5, 5, 2], 10, 4), [[1, 2], [0, 3]], "Of equal lengths the one that came first is placed first.")
+    expect(answer([5, 4, 5], 10, 2) != [[0, 1], [2]], "After a placement the next conversation joins those that wait, "
+           "before the row goes on.")
+    expect_equal(answer([5, 4, 5], 10, 2), [[0, 2], [1]], "Two wait: 5 is placed, the other 5 joins and fills the row.")
+    expect_equal(answer([2, 9, 9, 8], 10, 1), [[0], [1], [2], [3]], "With one waiting, they come in order.")
+    expect_equal(answer([], 10, 3), [], "No conversations, no rows.")
+    dice = random.Random(0)
+    lengths = [dice.randint(1, 60) for _ in range(200)]
+    for waiting in (1, 7, 300):
+        got = answer(list(lengths), 64, waiting)
+        expect(all(sum(lengths[place] for place in row) <= 64 for row in got), "A row holds more than its capacity.")
+        expect_equal(len(got), len(packed(lengths, 64, waiting)), f"With {waiting} waiting the number of rows differs.")
+        expect(got == packed(lengths, 64, waiting), f"With {waiting} waiting some rows differ from best fit.")
 
 
 def padding_of(buffer_size: int, capacity: int = 257) -> float:
