@@ -13,11 +13,14 @@
 # %% [markdown]
 # # 03 · Attention
 #
-# *How does one kernel make attention fast?* — 40 minutes, about one of them computing.
+# *How does one kernel make attention fast?* — 90 minutes, about one of them computing.
 #
 # Attention is the only place in a transformer where tokens look at each other, and the only one whose cost grows with
 # the square of the text. It is also three lines of PyTorch. This lesson starts from the three lines and ends with the
-# function that trains the model: same numbers, far less memory moved, and no work on keys that a window hides.
+# kernels that train the model and let it speak: same numbers, far less memory moved, and no work on keys that a window hides.
+#
+# The way there: a softmax in one pass → tiles → the kernel → its gradient → one query against a cache → the loss, which has the
+# same disease → what a CPU does → who chooses → how fast it is.
 
 # %%
 #| default_exp attention
@@ -52,11 +55,11 @@ _ = torch.manual_seed(0)
 # $\;o_i = \sum_j p_{ij} v_j,\quad p_{ij} = \mathrm{softmax}_j\left(q_i \cdot k_j / \sqrt{D}\right)$
 # (Vaswani et al., 2017). Three rules say which $j$ count:
 #
-# - **Causal**: a token never sees the ones after it, or predicting the next token would be copying. - **Window**: in
-# most layers a token sees itself and the `window` keys before it. Layers stack, so what is out of one   layer's
-# window still arrives through the layer below. - **Grouped queries** (Ainslie et al., 2023): several query heads
-# share one key-value head, so that the cache of   keys and values, which a chat must keep and reread for every token,
-# is smaller.
+# - **Causal**: a token never sees the ones after it, or predicting the next token would be copying.
+# - **Window**: in most layers a token sees itself and the `window` keys before it. Layers stack, so what is out of one
+#   layer's window still arrives through the layer below.
+# - **Grouped queries** (Ainslie et al., 2023): several query heads share one key-value head, so that the cache of
+#   keys and values, which a chat must keep and reread for every token, is smaller.
 
 # %%
 #| export plain_attention
@@ -152,47 +155,206 @@ for axis, name, series in zip(axes, ["running max m", "running sum ℓ", "rescal
 # mask either.
 
 # %%
-def tiles(T, block, window=None):
-    """Kind of each tile: 0 never visited, 1 visited without a mask, 2 visited with one. (T / block, T / block)."""
+#| export tiles
+"""What a block of queries visits: kinds of tiles, bytes moved, and the online softmax of one block step by step."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanochat_lib.plain_attention import visible
+
+
+def tile_kinds(T: int, block: int, window: int | None = None) -> torch.Tensor:
+    """Each tile's kind (T / block, T / block): 0 never visited, 1 visited without a mask, 2 visited with one."""
     t = torch.arange(T)
     seen = visible(t, t, window).view(T // block, block, T // block, block).float().mean((1, 3))
     return (seen > 0).int() + ((seen > 0) & (seen < 1)).int()
 
-
+# %%
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
 for axis, window in zip(axes, (None, 512)):
-    kinds = tiles(2048, 128, window)
+    kinds = tile_kinds(2048, 128, window)
     axis.imshow(kinds, cmap=plt.cm.colors.ListedColormap(["white", "tab:blue", "tab:orange"]))
-    axis.set(title=f"{f'window {window}' if window else 'full'}: {int((kinds > 0).sum())} tiles, {int((kinds == 2).sum())} with a mask",
-             xlabel="tile of 128 keys", ylabel="block of 128 queries")
+    axis.set(title=f"{f'window {window}' if window else 'full'}: {int((kinds > 0).sum())} tiles, "
+             f"{int((kinds == 2).sum())} with a mask", xlabel="tile of 128 keys", ylabel="block of 128 queries")
 
 # %% [markdown]
-# What that saves in memory traffic, per head, in two-byte numbers. Naive moves scores and weights four
-# times; tiled reads, for each block of queries, the keys and values of the tiles it visits.
+# White is work that is never done. Watch one block of queries do the rest: eight queries at positions 24 … 31 with a window of
+# 17, tiles of eight keys. `walk` is the algorithm, and keeps what a kernel would have in its registers after each tile.
 
 # %%
-def traffic(T, D=128, block=128, window=None, naive=False):
-    """Bytes moved between memory and chip for one head, forward."""
-    own = 2 * T * D + (2 * T * D + 4 * T * T if naive else 0)  # q in, out out; naive: k, v, and the scores four times
+#| export tiles
+@dataclass
+class Step:
+    """What a block of M queries knows after one tile of N keys."""
+
+    tile: int
+    weights: torch.Tensor  # (M, N) e^(score − top), 0 where hidden
+    seen: torch.Tensor  # (M, N) bool
+    top: torch.Tensor  # (M,) running maximum; −∞ while nothing was seen
+    rescale: torch.Tensor  # (M,) what the earlier sum and output were multiplied by
+    total: torch.Tensor  # (M,) running sum
+    out: torch.Tensor  # (M, D) the answer so far: weighted sum of values over running sum
+
+
+def walk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, n: int, window: int | None = None) -> list[Step]:
+    """The tiles that queries q (M, D) at positions start… visit among k, v (T, D), n keys each, one Step a tile."""
+    M, D = q.shape
+    rows, first = torch.arange(start, start + M), 0 if window is None else max(0, start - window) // n
+    top, total, acc, steps = torch.full((M,), -torch.inf), torch.zeros(M), torch.zeros(M, v.size(1)), []
+    for tile in range(first, (start + M - 1) // n + 1):
+        keys = torch.arange(tile * n, min((tile + 1) * n, len(k)))
+        seen = visible(rows, keys, window)
+        scores = (q @ k[keys].T / D**0.5).masked_fill(~seen, -torch.inf)
+        new = torch.maximum(top, scores.amax(1))
+        reference = new.masked_fill(new == -torch.inf, 0.0)  # −∞ − (−∞) is not a number
+        weights, rescale = torch.exp(scores - reference[:, None]), torch.exp(top - reference)
+        total, acc, top = total * rescale + weights.sum(1), acc * rescale[:, None] + weights @ v[keys], new
+        steps.append(Step(tile, weights, seen, top, rescale, total, acc / total.clamp(min=1e-30)[:, None]))
+    return steps
+
+# %%
+few = 2 * torch.randn(8, 16), 2 * torch.randn(32, 16), torch.randn(32, 16)  # queries, keys, values
+steps = walk(*few, start=24, n=8, window=17)
+expected = reference_attention(*(x[None, :, None] for x in few), 17, torch.tensor([24]))[0, :, 0]
+assert torch.allclose(steps[-1].out, expected, atol=1e-5)
+
+
+def draw_step(axes, steps, number):
+    """One tile's weights; each row's maximum; its sum, old part (rescaled) and new; how far its answer still is off."""
+    step, old = steps[number], steps[number - 1].total if number else torch.zeros(8)
+    rows, kept = range(24, 32), old * step.rescale
+    grid = torch.where(step.seen, step.weights, torch.nan)
+    axes[0].imshow(grid, cmap="Blues", vmin=0, vmax=1, extent=(8 * step.tile - 0.5, 8 * step.tile + 7.5, 31.5, 23.5))
+    axes[0].set(title=f"tile {step.tile}: weights", xlabel="key", ylabel="query", facecolor="0.85",
+                xticks=(8 * step.tile, 8 * step.tile + 7))
+    axes[1].barh(rows, step.top.clamp(min=0), color="tab:purple")
+    axes[1].set(title="running max", xlim=(0, 14), xlabel="nats")
+    axes[2].barh(rows, kept, color="tab:grey")
+    axes[2].barh(rows, step.total - kept, left=kept, color="tab:blue")
+    axes[2].set(title="sum: kept + new", xlim=(0, 4))
+    axes[3].barh(rows, step.rescale * (old > 0), color="tab:orange")
+    axes[3].set(title="rescaled by", xlim=(0, 1.05))
+    axes[4].barh(rows, (step.out - steps[-1].out).norm(dim=1), color="tab:red")
+    axes[4].set(title="distance to answer", xlim=(0, 6))
+    for axis in axes[1:]:
+        axis.set(ylim=(31.5, 23.5), yticks=[])
+
+
+figure, axes = plt.subplots(len(steps), 5, figsize=(10, 1.8 * len(steps)), layout="constrained")
+for number in range(len(steps)):
+    draw_step(axes[number], steps, number)
+
+# %% [markdown]
+# Read a row from top to bottom. In the first tile some queries see nothing (grey: the window's far edge) and have no sum yet.
+# Where the maximum rises, the sum and the answer shrink to what the new maximum leaves of them (orange below 1); where it
+# stays, the tile is just added. After the last tile the distance is zero: nothing was approximated. With a live notebook, step
+# through it, and move the window:
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets
+
+
+def browse(tile, window):
+    steps = walk(*few, start=24, n=8, window=window)
+    figure, axes = plt.subplots(1, 5, figsize=(10, 2.1), layout="constrained")
+    draw_step(axes, steps, min(tile, len(steps) - 1))
+    figure.suptitle(f"step {min(tile, len(steps) - 1) + 1} of {len(steps)}")
+    plt.show()
+
+
+_ = ipywidgets.interact(browse, tile=ipywidgets.IntSlider(0, 0, 3), window=ipywidgets.IntSlider(17, 0, 31))
+
+# %% [markdown]
+# ## Bytes, counted
+#
+# What tiles save in memory traffic, for one head forward, in two-byte numbers. Naive moves scores and weights four times;
+# tiled reads, for each block of queries, the keys and values of the tiles it visits.
+
+# %%
+#| export tiles
+def traffic(T: int, D: int = 128, block: int = 128, window: int | None = None, naive: bool = False) -> dict[str, int]:
+    """Bytes that one head's forward pass moves between memory and chip, in two-byte numbers, by what is moved."""
+    if naive:
+        return {"q, out": 4 * T * D, "k, v": 4 * T * D, "scores": 8 * T * T}
     visited = sum(start + block - (0 if window is None else max(0, start - window) // block * block)
                   for start in range(0, T, block))
-    return 2 * (own if naive else own + 2 * visited * D)
+    return {"q, out": 4 * T * D, "k, v": 4 * visited * D, "scores": 0}
 
-
-lengths_of_text = [512 * 2**i for i in range(7)]
-_ = plt.figure(figsize=(6, 3.4), layout="constrained")
-for name, settings in {"naive": dict(naive=True), "tiled": {}, "tiled, window 512": dict(window=512)}.items():
-    plt.loglog(lengths_of_text, [traffic(T, **settings) / 2**20 for T in lengths_of_text], marker="o", label=name)
-plt.gca().set(xlabel="T (tokens)", ylabel="memory traffic (MiB per head)", xticks=lengths_of_text,
-              xticklabels=lengths_of_text)
-plt.minorticks_off()
-_ = plt.legend()
-print("T = 8192:", {name: f"{traffic(8192, **settings) / 2**20:.0f} MiB" for name, settings in
-                    {"naive": dict(naive=True), "tiled": {}, "window 512": dict(window=512)}.items()})
+# %%
+texts, ways = [512 * 2**i for i in range(7)], {"naive": dict(naive=True), "tiled": {}, "tiled, window 512": dict(window=512)}
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+for name, settings in ways.items():
+    left.loglog(texts, [sum(traffic(T, **settings).values()) / 2**20 for T in texts], marker="o", label=name)
+left.set(xlabel="T (tokens)", ylabel="memory traffic (MiB per head)", xticks=texts, xticklabels=texts)
+left.minorticks_off()
+left.legend()
+counted = {name: traffic(8192, **settings) for name, settings in ways.items()}
+begin = torch.zeros(3)
+for part in ("q, out", "k, v", "scores"):
+    width = torch.tensor([moved[part] / 2**20 for moved in counted.values()])
+    right.barh(list(counted), width, left=begin, label=part)
+    begin += width
+right.set(xlabel="MiB per head at T = 8,192", ylim=(2.5, -0.5))
+right.legend()
+print("T = 8192:", {name: f"{sum(moved.values()) / 2**20:.0f} MiB" for name, moved in counted.items()})
 
 # %% [markdown]
 # Tiled traffic still grows as T² (each block rereads the keys before it), but divided by the block; a window makes it
-# grow as T. On a GPU most rereads hit the cache, and the kernel becomes what it should be, limited by arithmetic.
+# grow as T. Most rereads end in the GPU's cache, so that the memory proper moves each tensor about once.
+#
+# ## The roofline
+#
+# Is that enough? A chip has two speeds: operations a second, and bytes a second. Their ratio is how many operations a byte must
+# be good for, or the arithmetic waits. A kernel's own ratio is its *arithmetic intensity*; the roof above it is the lower of
+# the two limits (Williams et al., 2009). Below, one chip by its datasheet, and what each kernel of this lesson asks of it.
+
+# %%
+import json
+from pathlib import Path
+
+CHIP, FLOPS, BYTES = "H200 SXM", 989e12, 4.8e12  # datasheet: dense bfloat16, memory
+docs = [folder / "docs/kernels.json" for folder in (Path("."), Path("..")) if (folder / "docs/kernels.json").exists()]
+found = json.loads(docs[0].read_text()) if docs else {"rows": [], "targets": []}  # where kernel_bench has measured
+rates = {(row["part"], row["case"], row["way"]): row["rate"] for row in found["rows"] if "rate" in row}
+
+
+def intensity(T, D=128, window=None, naive=False):
+    """Operations per byte of one head's forward pass; tiled, keys and values are counted once: the cache has the rest."""
+    pairs = sum(min(t, T if window is None else window) + 1 for t in range(T))
+    return 4 * D * pairs / (sum(traffic(T, D, naive=True).values()) if naive else 8 * T * D)
+
+
+asked = {"naive, T 2,048": intensity(2048, naive=True), "flash, T 2,048": intensity(2048),
+         "flash, window 512": intensity(2048, window=512),
+         "decoding, batch 1 or 64": 1,  # 4 · D operations for a key and its value, 4 · D bytes; each row has its own
+         "decoding, 4 queries a key head": 4, "a weight matrix, batch 1": 1, "a weight matrix, batch 64": 64,
+         "the loss between its products": 10 / 4}  # two bytes read, two written
+figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+line = torch.logspace(-0.5, 4, 100)
+axis.loglog(line, torch.minimum(line * BYTES, torch.tensor(FLOPS)) / 1e12, color="black", label=f"roof of one {CHIP}")
+for number, (name, x) in enumerate(asked.items()):
+    axis.plot(x, min(x * BYTES, FLOPS) / 1e12, "os^vD<>P"[number], label=f"{name}: {x:.3g}", ms=8)
+axis.axvline(FLOPS / BYTES, ls=":", color="grey")
+multiply, copy = rates.get(("roof", "8,192³", "matmul"), 0), rates.get(("roof", "1 GiB", "copy"), 0)
+if multiply and copy:  # TFLOP/s, GB/s
+    axis.loglog(line, torch.minimum(line * copy / 1e3, torch.tensor(multiply)), ls="--", color="grey",
+                label=f"roof measured, {found['chip']}")
+    for name, x, rate in (("flash, T 2,048", asked["flash, T 2,048"], rates.get(("forward", "T 2,048", "ours"))),
+                          ("decoding, batch 64", 1, rates.get(("decoding", "batch 64", "ours"), 0) / 1e3)):
+        axis.plot(x, rate or torch.nan, "*", ms=14, color="tab:red" if x == 1 else "tab:orange", label=f"{name}, measured")
+axis.set(xlabel="operations per byte", ylabel="TFLOP/s at most", title=f"the ridge: {FLOPS / BYTES:.0f} operations per byte")
+_ = axis.legend(fontsize=8)
+
+# %% [markdown]
+# Three neighbourhoods. The naive formula sits far left of the ridge: at best a seventh of the chip, whatever one does. Flash
+# attention sits right of it, windowed or not, and becomes what a kernel should be: limited by arithmetic. Decoding sits at
+# one operation per byte, and *batching does not move it*, since each row has a cache of its own; only sharing does, among query
+# heads, or among rows that have the same prompt. (A weight matrix is shared by all rows: there the batch helps.) For
+# decoding the whole art is to read at full speed. And the loss has, between its large products, a pass over the logits that
+# does ten operations on each: memory again.
 #
 # ## The kernel
 #
@@ -218,6 +380,8 @@ Keys come in tiles, scores stay on the chip, tiles that a window hides are never
 input gives the same bits. Layout (B, T, H, D). Needs torch and triton only.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -229,92 +393,95 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: it is what the hardware has
 
 # %% [markdown]
-# First the step you know: one tile of keys after another, running maximum, rescaling. Three details.
+# One tile first: hide what must be hidden, then the running maximum and the rescaling you know. Three details.
 #
-# - A tile is fetched by the chip's copy engine: `k_all` *describes* the tensor (where it lies, its shape and strides),
-#   and `load` names the corner. What lies past the end reads as zero, so no load needs a mask.
-# - Scores stay as the product gives them; `scores * scale - top` is one multiply-add, with the log₂ e of base 2
-#   in `scale`.
-# - `MASKED` is a compile-time constant: inner tiles are compiled without the comparison. A row at a window's left edge
-#   may see nothing of a tile; its maximum then stays at −10³⁰ rather than −∞, since −∞ − (−∞) is not a number.
+# - Most tiles lie wholly between diagonal and window, and there nothing is compared: one `if` on the tile's corners.
+# - `scores * scale - top` is a single multiply-add, with the log₂ e of base 2 in `scale`.
+# - A row at a window's left edge may see nothing of a tile. Its maximum then stays at the −10³⁰ it started with
+#   rather than −∞, since −∞ − (−∞) is not a number.
 
 # %%
 #| export kernels/flash_attention
 @triton.jit
-def visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, first, end, window, scale,
-               D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Update acc (M, D), running sum and maximum (M,) with the key tiles of [first, end)."""
-    for start in range(first, end, BLOCK_N):
-        k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        scores = tl.dot(q, k.T, input_precision="tf32x3")  # (M, N) float32
-        if MASKED:
-            distance = rows[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
-            scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # in units of log 2
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        rescale = tl.exp2(top - new_top)
-        total = total * rescale + tl.sum(weights, 1)
-        v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="tf32x3")
-        top = new_top
-    return acc, total, top
+def hide(values, rows, keys, window, hidden):
+    """Values (…) where a row sees the key: itself and `window` before; `hidden` elsewhere."""
+    return tl.where((rows >= keys) & (rows - keys <= window), values, hidden)
+
+
+@triton.jit
+def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), and what the past is rescaled by."""
+    if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
+        rows, keys = start + tl.arange(0, BLOCK_M), key + tl.arange(0, BLOCK_N)
+        scores = hide(scores, rows[:, None], keys[None, :], window, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # in units of log 2
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    rescale = tl.exp2(top - new_top)
+    return weights, total * rescale + tl.sum(weights, 1), new_top, rescale
 
 # %% [markdown]
-# Then the program around it. The visited keys fall into three stretches: the window's left edge (masked), the middle
-# (no mask), the diagonal (masked). `head // group` is all there is to grouped queries: no copy of the keys is made.
+# Then the program around it. Tiles are fetched by the chip's copy engine: `k_all` *describes* the tensor (where it lies,
+# its shape and strides), `load` names a tile's corner, and what lies past the end reads as zero, so no load needs a
+# mask. `head // group` is all there is to grouped queries: no copy of the keys is made.
+#
+# Tensor cores work on their own once a product is issued, so it matters *when* its result is wanted. Scores are
+# wanted at once. But a tile's weights meet their values one turn later, in the shadow of the next tile's softmax: that
+# product is not waited for until the next scores are (FlashAttention-3, Shah et al., 2024). The loop runs one tile
+# past the diagonal to finish; it is hidden from all rows and changes nothing.
 
 # %%
 #| export kernels/flash_attention
 @triton.jit
-def key_stretches(start, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key tiles that queries start … start + BLOCK_M − 1 visit: [first, whole) masked, [whole, diagonal) not, then masked."""
-    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N
-    diagonal = start // BLOCK_N * BLOCK_N  # tiles before it hold only keys that every row has passed…
-    whole = (tl.maximum(start + BLOCK_M - 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N  # …and the last row sees
-    return first, tl.minimum(tl.maximum(whole, first), diagonal), diagonal
-
-
-@triton.jit
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
-                   D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                   D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: no straggler comes last
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     kv_head = head // group
-    rows = start + tl.arange(0, BLOCK_M)
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-    first, whole, diagonal = key_stretches(start, window, BLOCK_M, BLOCK_N)
+    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N  # the first tile that any row sees
+    end = (start + BLOCK_M - 1) // BLOCK_N * BLOCK_N + 2 * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    rescale = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -1e30, tl.float32)
-    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, first, whole,
-                                 window, scale, D, BLOCK_N, True)
-    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, whole, diagonal,
-                                 window, scale, D, BLOCK_N, False)
-    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, diagonal, start + BLOCK_M,
-                                 window, scale, D, BLOCK_N, True)
+    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for key in range(first, end, BLOCK_N):
+        k = k_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        v = v_all.load([batch, kv_head, tl.maximum(key - BLOCK_N, first), 0]).reshape(BLOCK_N, D)  # the tile before
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        weights, total, top, rescale = softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M, BLOCK_N)
 
     out_all.store([batch, head, start, 0], (acc / total[:, None]).to(out_all.dtype).reshape(1, 1, BLOCK_M, D))
-    line = tl.program_id(1).to(tl.int64) * T
-    tl.store(lse_all + line + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
+    rows = start + tl.arange(0, BLOCK_M)
+    tl.store(lse_all + tl.program_id(1).to(tl.int64) * T + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
 
 # %% [markdown]
-# Around a kernel: tile sizes, descriptors, the launch. It is registered with PyTorch as an operator of its own;
-# `torch.compile` then puts the call into its graph without looking inside. For that it needs to know the
-# result's shape (`register_fake`), and later the gradient.
+# Around a kernel: tile sizes, descriptors, the launch. Sizes were chosen by trial on an H200: large tiles read keys less
+# often, but a thread has 255 registers, and a kernel that wants more is slow. It is registered with PyTorch as an operator
+# of its own; `torch.compile` puts the call into its graph without looking inside. For that it needs to know
+# the result's shape (`register_fake`), and later the gradient.
 
 # %%
 #| export kernels/flash_attention
-def settings(kernel: str, D: int, dtype: torch.dtype, chip: int = 90) -> dict[str, int]:
-    """Tile sizes and launch settings of a kernel ("forward", "dq" or "dkdv") for a head dimension."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    if D == 256:
-        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
-    if kernel == "dkdv":
-        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+SETTINGS = {  # BLOCK_M, BLOCK_N, num_warps, num_stages for two-byte numbers, by kernel and head dimension
+    "forward": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+    "dq": {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dkdv": {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+}
+
+
+def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, windowed: bool = False) -> dict[str, int]:
+    """Tile sizes and launch settings of a kernel ("forward", "dq" or "dkdv") on a chip of compute capability × 10."""
+    if dtype == torch.float32:  # three tf32 products for one, in registers
+        sizes = (16, 16, 4, 1)
+    elif capability in (90, 100):
+        sizes = SETTINGS[kernel][D]
+    else:  # less shared memory, no tensor cores that work on their own
+        sizes = (64, 32, 4 if D < 128 else 8, 1) if kernel != "dkdv" else (32, 64, 4 if D < 128 else 8, 1)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
 
 def describe(x: torch.Tensor, block: int) -> TensorDescriptor:
@@ -326,6 +493,18 @@ def describe(x: torch.Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, [B, H, T, D], [strides[0], strides[2], strides[1], 1], [1, 1, block, D])
 
 
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability × 10; where the kernel is interpreted, an H200's."""
+    return 90 if device.type != "cuda" else 10 * torch.cuda.get_device_capability(device)[0]
+
+
+def launch_settings(kernel: str, q: torch.Tensor, window: int) -> tuple[dict, int, int]:
+    """(all compile-time arguments and launch settings, BLOCK_M, BLOCK_N)."""
+    sizes = settings(kernel, q.size(3), q.dtype, capability(q.device), window < q.size(1) - 1)
+    return dict(D=q.size(3), PRECISION="tf32x3", **sizes), sizes["BLOCK_M"], sizes["BLOCK_N"]
+
+
 @torch.library.custom_op("nanochat::flash_forward", mutates_args=())
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Output like q, and logsumexp (B, H, T) float32; arguments as `flash_attention` has checked them."""
@@ -335,10 +514,9 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
     B, T, H, D = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    sizes = settings("forward", D, q.dtype)
-    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    rest, M, N = launch_settings("forward", q, window)
     forward_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M), lse,
-                                             T, H, H // k.size(2), window, LOG2E.value / D**0.5, D=D, **sizes)
+                                             T, H, H // k.size(2), window, LOG2E.value / D**0.5, **rest)
     return out, lse
 
 
@@ -400,29 +578,14 @@ for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None],
 # of queries walks over key tiles, as in forward. $dk_j$ and $dv_j$ are sums over queries: a program that owns a block of
 # keys walks over query tiles. One kernel could do both and recompute once, but then many programs add to the same $dq$,
 # in whatever order they finish: the last bits would differ from run to run. Two kernels do seven products instead
-# of five, and every number has one writer.
+# of five, and every number has one writer. In the first, a tile's last product again waits in the shadow of the
+# next tile's exponentials:
 
 # %%
 #| export kernels/flash_attention
 @triton.jit
-def dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, first, end, window, scale,
-             D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Add to dq (M, D) what the key tiles of [first, end) give; lse in units of log 2."""
-    for start in range(first, end, BLOCK_N):
-        k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        p = tl.exp2(tl.dot(q, k.T, input_precision="tf32x3") * scale - lse[:, None])  # (M, N)
-        if MASKED:
-            distance = rows[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
-            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
-        v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        ds = p * (tl.dot(do, v.T, input_precision="tf32x3") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
-    return dq
-
-
-@triton.jit
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
-              D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+              D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
@@ -435,68 +598,62 @@ def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, 
     tl.store(delta_all + line + rows, delta, mask=rows < T)
     lse = tl.load(lse_all + line + rows, mask=rows < T, other=0.0) * LOG2E
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-    first, whole, diagonal = key_stretches(start, window, BLOCK_M, BLOCK_N)
+    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N
+    end = (start + BLOCK_M - 1) // BLOCK_N * BLOCK_N + 2 * BLOCK_N
 
     dq = tl.zeros([BLOCK_M, D], tl.float32)
-    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, first, whole,
-                  window, scale, D, BLOCK_N, True)
-    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, whole, diagonal,
-                  window, scale, D, BLOCK_N, False)
-    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, diagonal, start + BLOCK_M,
-                  window, scale, D, BLOCK_N, True)
+    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for key in range(first, end, BLOCK_N):
+        k = k_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        v = v_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
+        dp = tl.dot(do, v.T, input_precision=PRECISION)
+        before = k_all.load([batch, kv_head, tl.maximum(key - BLOCK_N, first), 0]).reshape(BLOCK_N, D)
+        dq = tl.dot(ds.to(before.dtype), before, dq, input_precision=PRECISION)
+        p = tl.exp2(scores * scale - lse[:, None])
+        if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
+            p = hide(p, rows[:, None], key + tl.arange(0, BLOCK_N)[None, :], window, 0.0)
+        ds = p * (dp - delta[:, None])
     dq_all.store([batch, head, start, 0], (dq * factor).to(dq_all.dtype).reshape(1, 1, BLOCK_M, D))
 
 # %% [markdown]
 # The other kernel is its mirror image: keys are the rows, every product is transposed, and the loop runs over
 # the queries that see this block of keys, from the diagonal to `window` further. With grouped queries it runs
 # over them once per head of the group, and the sum over the group costs nothing.
+#
+# Two accumulators leave few registers. A product may start from any value instead of zero, so `lse` and `delta`, one
+# number per *column* here, go in as the start of their products and need no registers of their own.
 
 # %%
 #| export kernels/flash_attention
 @triton.jit
-def dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_line, delta_line, batch, head, keys, first, end, T, window, scale,
-               D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """Add to dk, dv (N, D) what the query tiles of [first, end) give."""
-    for start in range(first, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        lse = tl.load(lse_line + rows, mask=rows < T, other=0.0) * LOG2E
-        q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-        p = tl.exp2(tl.dot(k, q.T, input_precision="tf32x3") * scale - lse[None, :])  # (N, M)
-        if MASKED:
-            distance = rows[None, :] - keys[:, None]
-            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
-        do = do_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32x3")
-        delta = tl.load(delta_line + rows, mask=rows < T, other=0.0)
-        ds = p * (tl.dot(v, do.T, input_precision="tf32x3") - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
-    return dk, dv
-
-
-@triton.jit
 def dkdv_kernel(q_all, k_all, v_all, do_all, dk_all, dv_all, lse_all, delta_all, T, KVH, group, window, scale, factor,
-                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one block of keys of one key head, from all heads of its group."""
     start = tl.program_id(0) * BLOCK_N  # the first keys are seen by most: longest first again
     batch, kv_head = tl.program_id(1) // KVH, tl.program_id(1) % KVH
     keys = start + tl.arange(0, BLOCK_N)
     k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
     v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-    first = start // BLOCK_M * BLOCK_M
     end = tl.minimum(start + BLOCK_N + window, T)  # no later query sees any of these keys
-    passed = tl.minimum((start + BLOCK_N + BLOCK_M - 2) // BLOCK_M * BLOCK_M, end)  # from here on every row has passed all…
-    whole = tl.minimum(tl.maximum((start + window + 1) // BLOCK_M * BLOCK_M, passed), end)  # …up to here it sees the first
 
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     for head in range(kv_head * group, (kv_head + 1) * group):
         line = (batch * KVH * group + head).to(tl.int64) * T
-        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
-                            first, passed, T, window, scale, D, BLOCK_M, True)
-        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
-                            passed, whole, T, window, scale, D, BLOCK_M, False)
-        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
-                            whole, end, T, window, scale, D, BLOCK_M, True)
+        for query in range(start // BLOCK_M * BLOCK_M, end, BLOCK_M):
+            rows = query + tl.arange(0, BLOCK_M)
+            lse = tl.load(lse_all + line + rows, mask=rows < T, other=0.0) * (-LOG2E / scale)
+            delta = tl.load(delta_all + line + rows, mask=rows < T, other=0.0)
+            q = q_all.load([batch, head, query, 0]).reshape(BLOCK_M, D)
+            scores = tl.dot(k, q.T, tl.broadcast_to(lse[None, :], (BLOCK_N, BLOCK_M)), input_precision=PRECISION)
+            do = do_all.load([batch, head, query, 0]).reshape(BLOCK_M, D)
+            dp = tl.dot(v, do.T, tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M)), input_precision=PRECISION)
+            p = tl.exp2(scores * scale)  # (N, M)
+            if (query < start + BLOCK_N - 1) | (query + BLOCK_M - 1 > start + window):
+                p = hide(p, rows[None, :], keys[:, None], window, 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision=PRECISION)
     dk_all.store([batch, kv_head, start, 0], (dk * factor).to(dk_all.dtype).reshape(1, 1, BLOCK_N, D))
     dv_all.store([batch, kv_head, start, 0], dv.to(dv_all.dtype).reshape(1, 1, BLOCK_N, D))
 
@@ -512,17 +669,13 @@ def flash_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torc
     (B, T, H, D), KVH = q.shape, k.size(2)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    scale, factor = LOG2E.value / D**0.5, D**-0.5
-    sizes = settings("dq", D, q.dtype)
-    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
-    dq_kernel[triton.cdiv(T, M), B * H](
-        describe(q, M), describe(k, N), describe(v, N), describe(out, M), describe(grad, M), describe(dq, M), lse, delta,
-        T, H, H // KVH, window, scale, factor, D=D, **sizes)
-    sizes = settings("dkdv", D, q.dtype)
-    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
-    dkdv_kernel[triton.cdiv(T, N), B * KVH](
-        describe(q, M), describe(k, N), describe(v, N), describe(grad, M), describe(dk, N), describe(dv, N), lse, delta,
-        T, KVH, H // KVH, window, scale, factor, D=D, **sizes)
+    numbers = H // KVH, window, LOG2E.value / D**0.5, D**-0.5
+    rest, M, N = launch_settings("dq", q, window)
+    dq_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M),
+                                        describe(grad, M), describe(dq, M), lse, delta, T, H, *numbers, **rest)
+    rest, M, N = launch_settings("dkdv", q, window)
+    dkdv_kernel[triton.cdiv(T, N), B * KVH](describe(q, M), describe(k, N), describe(v, N), describe(grad, M),
+                                            describe(dk, N), describe(dv, N), lse, delta, T, KVH, *numbers, **rest)
     return dq, dk, dv
 
 
@@ -564,16 +717,17 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
-    for dtype, kind, dims in ((torch.bfloat16, "bf16", HEAD_DIMS), (torch.float32, "fp32", HEAD_DIMS)):
-        for name, kernel in (("forward", forward_kernel), ("dq", dq_kernel), ("dkdv", dkdv_kernel)):
-            for D in dims:
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float32, "fp32", (64, 128))):
+        for D in dims:
+            for name, kernel in (("forward", forward_kernel), ("dq", dq_kernel), ("dkdv", dkdv_kernel)):
                 sizes = settings(name, D, dtype, capability)
                 options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
-                types = {x: "*fp32" for x in ("lse_all", "delta_all")} | {"scale": "fp32", "factor": "fp32"}
+                types = {"lse_all": "*fp32", "delta_all": "*fp32", "scale": "fp32", "factor": "fp32"}
                 for x in ("q", "k", "v", "out", "do", "dq", "dk", "dv"):
-                    types[f"{x}_all"] = f"tensordesc<{kind}[1, 1, {sizes['BLOCK_N' if x in ('k', 'v', 'dk', 'dv') else 'BLOCK_M']}, {D}]>"
+                    block = sizes["BLOCK_N" if x in ("k", "v", "dk", "dv") else "BLOCK_M"]
+                    types[f"{x}_all"] = f"tensordesc<{kind}[1, 1, {block}, {D}]>"
                 yield (f"{name} {kind} D={D}", kernel, {x: types[x] for x in types if x in kernel.arg_names},
-                       {"D": D, **sizes}, options)
+                       {"D": D, "PRECISION": "tf32x3", **sizes}, options)
 
 # %% [markdown]
 # The gradient of our kernels against that of the formula, two query heads on one key head:
@@ -1045,12 +1199,13 @@ def plain_loss_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, gra
                 factors: Tensor | None = None) -> None:
     """What kernels.loss_head.softcap_loss_ does, in PyTorch."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    rows = max(1, CACHED // logits.size(1)) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = max(1, min(len(logits), CACHED // logits.size(1) if logits.device.type == "cpu" else len(logits)))
+    room = torch.empty(rows, logits.size(1), dtype=wide, device=logits.device)  # used again: fresh memory costs its zeroing
     for first in range(0, len(logits), rows):
-        part = slice(first, first + rows)
+        part = slice(first, min(first + rows, len(logits)))
         target, counts = targets[part].clamp(min=0).unsqueeze(1), (targets[part] >= 0).to(wide).unsqueeze(1)
         bent = logits[part].to(wide).div_(cap).tanh_()  # in place, if logits are wide
-        chances = (cap * bent).exp_()  # at most e^cap: no maximum is sought first
+        chances = torch.mul(bent, cap, out=room[:len(bent)]).exp_()  # at most e^cap: no maximum is sought first
         total = chances.sum(1, keepdim=True)
         losses[part] = ((total.log() - cap * bent.gather(1, target)) * counts).squeeze(1)
         if gradient:  # d loss / d logits = (chances − [is target]) · (1 − tanh²)
@@ -1317,10 +1472,13 @@ def report(module: str, index: int, capability: int) -> dict:
     return row
 
 
-def check(names: list[str], chips: list[int], jobs: int | None = None) -> list[dict]:
-    """Rows for all cases of these modules on these chips, compiled in `jobs` fresh processes (default: one per core)."""
-    work = [(name, index, capability) for name in names for capability in chips
-            for index in range(len(list(importlib.import_module(f"nanochat_lib.kernels.{name}").compile_cases(capability))))]
+def check(names: list[str], chips: list[int], jobs: int | None = None, only: str = "") -> list[dict]:
+    """Rows for the cases of these modules on these chips, compiled in `jobs` fresh processes (default: one per core)."""
+    work = [(name, index, chip) for name in names for chip in chips
+            for index, case in enumerate(importlib.import_module(f"nanochat_lib.kernels.{name}").compile_cases(chip))
+            if only in case[0]]
+    if not work:
+        raise NanochatError(f"no kernel's name holds {only!r}: leave --only away to see them all")
     with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(report, *zip(*work)))
 
@@ -1341,6 +1499,7 @@ class Settings:
 
     modules: list[str] = field(default_factory=modules)  # of nanochat_lib/kernels
     chips: list[int] = field(default_factory=lambda: list(CHIPS))  # compute capability × 10
+    only: str = ""  # cases whose name holds this, e.g. "bf16 D=128"
     json: Path | None = None  # write the rows there too
     jobs: int | None = None  # processes; default: one per core
 
@@ -1352,13 +1511,24 @@ def compile_check(settings: Settings) -> None:
             raise NanochatError(f"no kernels for {what} {', '.join(unknown)}: choose from {', '.join(map(str, have))}")
     if importlib.util.find_spec("triton") is None:
         raise NanochatError("Triton is not installed, and only Linux has it: there, pip install triton")
-    rows = check(settings.modules, settings.chips, settings.jobs)
+    rows = check(settings.modules, settings.chips, settings.jobs, settings.only)
     print(table(rows))
     if settings.json:
         settings.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(settings.json, rows)
     if bad := sum(bool(row["fault"]) for row in rows):
         raise NanochatError(f"{bad} of {len(rows)} kernels cannot stay as they are: choose other sizes in their module")
+
+# %% [markdown]
+# The three attention kernels as the H200 gets them (a fresh process compiles them: in this one they may be interpreted):
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import subprocess
+
+if triton_here:
+    command = "-m nanochat_lib.kernels.compile_check --modules flash_attention --chips 90 --only".split()
+    print(subprocess.run([sys.executable, *command, "bf16 D=128"], capture_output=True, text=True).stdout)
 
 # %%
 for name in mocked:
@@ -1469,8 +1639,8 @@ class BandAttention(torch.autograd.Function):
 # ## Choosing
 #
 # Nobody should have to know all this to call `attention(q, k, v, window)`. It picks: on a CPU the ways above; on a
-# GPU PyTorch's fused kernel for full layers, and for windows FlexAttention, which compiles a kernel that skips hidden
-# tiles, in training, and our own kernel where no gradient is asked for. `NANOCHAT_ATTENTION` overrules; whatever a
+# GPU PyTorch's fused kernel for full layers, our kernel for windows, and our decoding kernel for a chat. (FlexAttention,
+# which compiles a kernel for any mask, is the second choice for windows.) `NANOCHAT_ATTENTION` overrules; whatever a
 # machine lacks, it says in one line and takes the next best way.
 
 # %%
@@ -1672,12 +1842,11 @@ plt.gca().set(xlabel="T (tokens)", ylabel="forward + backward (ms)", ylim=(0, No
 _ = plt.legend()
 
 # %% [markdown]
-# ## Decoding
+# ## The same choice for a chat
 #
-# In a chat the queries come one at a time, and keys and values of all earlier tokens lie in a cache. Rows have
-# different lengths, so each has its own mask. There is little to compute and much to read: each new token rereads its
-# row's cache, and the time is the cache's size over the memory's speed. That is what grouped queries and windows
-# shrink.
+# `cached_attention` is what the model calls while it writes: a few new tokens a row, a cache, and how long each row is. A
+# fresh prompt is plain causal attention. On a GPU the decoding kernel reads each row's own keys; elsewhere PyTorch gets a
+# mask, over no more keys than the longest row has.
 
 # %%
 #| export
@@ -2146,6 +2315,21 @@ def kernel_bench(settings: Settings) -> None:
         print0(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}  {state}")
     draw(bench, settings.out.with_suffix(".png"), " · ".join(f"{name} {value}" for name, value in about.items()))
     print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if device.type == "cuda" else f"; the rest, {ON_GPU}"))
+
+# %% [markdown]
+# The table below was measured where the project had a GPU (`docs/kernels.json` says which, when, and with which versions), and
+# `python -m nanochat_lib.scripts.kernel_bench` makes it on yours, in 90 seconds.
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+from IPython.display import Image, display
+
+if docs:
+    print(f"{found['chip']}, {found['date']}, torch {found['torch']}, triton {found['triton']}")
+    for row in found["targets"]:
+        if row["measured"] is not None:
+            print(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}" + "  missed" * (not row["reached"]))
+    display(Image(docs[0].with_suffix(".png")))
 
 # %% [markdown]
 # ## Exercises

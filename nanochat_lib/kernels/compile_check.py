@@ -75,10 +75,13 @@ def report(module: str, index: int, capability: int) -> dict:
     return row
 
 
-def check(names: list[str], chips: list[int], jobs: int | None = None) -> list[dict]:
-    """Rows for all cases of these modules on these chips, compiled in `jobs` fresh processes (default: one per core)."""
-    work = [(name, index, capability) for name in names for capability in chips
-            for index in range(len(list(importlib.import_module(f"nanochat_lib.kernels.{name}").compile_cases(capability))))]
+def check(names: list[str], chips: list[int], jobs: int | None = None, only: str = "") -> list[dict]:
+    """Rows for the cases of these modules on these chips, compiled in `jobs` fresh processes (default: one per core)."""
+    work = [(name, index, chip) for name in names for chip in chips
+            for index, case in enumerate(importlib.import_module(f"nanochat_lib.kernels.{name}").compile_cases(chip))
+            if only in case[0]]
+    if not work:
+        raise NanochatError(f"no kernel's name holds {only!r}: leave --only away to see them all")
     with ProcessPoolExecutor(jobs or len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(report, *zip(*work)))
 
@@ -99,6 +102,7 @@ class Settings:
 
     modules: list[str] = field(default_factory=modules)  # of nanochat_lib/kernels
     chips: list[int] = field(default_factory=lambda: list(CHIPS))  # compute capability × 10
+    only: str = ""  # cases whose name holds this, e.g. "bf16 D=128"
     json: Path | None = None  # write the rows there too
     jobs: int | None = None  # processes; default: one per core
 
@@ -110,7 +114,7 @@ def compile_check(settings: Settings) -> None:
             raise NanochatError(f"no kernels for {what} {', '.join(unknown)}: choose from {', '.join(map(str, have))}")
     if importlib.util.find_spec("triton") is None:
         raise NanochatError("Triton is not installed, and only Linux has it: there, pip install triton")
-    rows = check(settings.modules, settings.chips, settings.jobs)
+    rows = check(settings.modules, settings.chips, settings.jobs, settings.only)
     print(table(rows))
     if settings.json:
         settings.json.parent.mkdir(parents=True, exist_ok=True)
