@@ -469,6 +469,7 @@ class CustomJSON(Task):
 
 # %%
 #| export tasks/spellingbee
+import itertools
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -507,6 +508,15 @@ class Spelling(Task):
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
         return answer.strip() == conversation["messages"][-1]["content"]
+
+    def reward(self, conversation: dict, answer: str) -> float:
+        """1 for the word; else half the share of letters that are right before the first wrong one, since a beginner
+        who gets a long word never right has nothing to climb."""
+        if self.evaluate(conversation, answer):
+            return 1.0
+        letters = conversation["messages"][-1]["content"].split()
+        begun = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(letters, answer.split()))
+        return 0.5 * len(list(begun)) / len(letters)
 
 # %%
 #| export tasks/spellingbee

@@ -791,6 +791,9 @@ for curves in results.values():
     assert curves[:, -1].mean() > curves[:, 0].mean()
 
 # %% [markdown]
+# Twice the updates from the same answers, and no run came apart. How much of the lead is the second update, and how much
+# the z-scores? Give `contest` one update each and see.
+#
 # ## One gets what one pays for
 #
 # A reward is a wish put as a rule, and a model finds the cheapest way to keep the rule. Here most teachers write the
@@ -1098,6 +1101,14 @@ PRACTICE = {"spelling": "spelling_practice"}  # what a task's name stands for he
 
 # %%
 #| export scripts/chat_rl
+def is_right(task: Task, conversation: dict, text: str) -> bool:
+    """The task's own judgement; of a task that is only rewarded, whether the answer earns anything."""
+    try:
+        return bool(task.evaluate(conversation, text))
+    except (AttributeError, NotImplementedError):
+        return task.reward(conversation, text) > 0
+
+
 class Run:
     """A run of reinforcement learning at some step."""
 
@@ -1138,7 +1149,7 @@ class Run:
         """pass@1 … pass@8 on the test questions."""
         task = self.questions("test")[:self.settings.eval_examples]
         tried = gather(self.policy.try_answers(task, list(range(len(task))), EVAL_SAMPLES, SEED))
-        right = [sum(task.reward(q.conversation, text) > 0 for text in q.texts) for part in tried for q in part]
+        right = [sum(is_right(task, q.conversation, text) for text in q.texts) for part in tried for q in part]
         self.journal.note_evaluation(self.step, self.steps, right)
 
     def save(self) -> None:

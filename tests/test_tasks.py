@@ -18,6 +18,7 @@ from nanochat_lib.tasks.evaluate import text_of
 from nanochat_lib.tasks.execution import run_program
 from nanochat_lib.tasks.gsm8k import calculator_parts, final_number
 from nanochat_lib.tasks.humaneval import code_of
+from nanochat_lib.tasks.spellingbee import Spelling
 from nanochat_lib.world import World
 from nanochat_lib.world_problems import quiz
 from nanochat_lib.world_tasks import write_tasks
@@ -175,6 +176,13 @@ def test_spelling_tasks_of_the_default_mixture(shared_data):
     word, letter, _ = bee.rows[0]
     assert word in question and bee.evaluate(bee[0], f"#### {word.count(letter)}")
     assert answer.split()[::2][:len(word)] == list(word)
+
+
+def test_a_word_half_spelled_earns_half_of_the_half():
+    task = Spelling(["goat"])
+    said = {"g o a t": 1, " g o a t ": 1, "g o": 0.25, "g o a t s": 0.5, "o a t": 0, "": 0, "goat": 0}
+    assert {text: task.reward(task[0], text) for text in said} == said
+    assert not task.evaluate(task[0], "g o a t s")
 
 
 def parquet(path, rows):

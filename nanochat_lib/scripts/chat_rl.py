@@ -16,6 +16,14 @@ SEED = 42
 PRACTICE = {"spelling": "spelling_practice"}  # what a task's name stands for here
 
 
+def is_right(task: Task, conversation: dict, text: str) -> bool:
+    """The task's own judgement; of a task that is only rewarded, whether the answer earns anything."""
+    try:
+        return bool(task.evaluate(conversation, text))
+    except (AttributeError, NotImplementedError):
+        return task.reward(conversation, text) > 0
+
+
 class Run:
     """A run of reinforcement learning at some step."""
 
@@ -56,7 +64,7 @@ class Run:
         """pass@1 … pass@8 on the test questions."""
         task = self.questions("test")[:self.settings.eval_examples]
         tried = gather(self.policy.try_answers(task, list(range(len(task))), EVAL_SAMPLES, SEED))
-        right = [sum(task.reward(q.conversation, text) > 0 for text in q.texts) for part in tried for q in part]
+        right = [sum(is_right(task, q.conversation, text) for text in q.texts) for part in tried for q in part]
         self.journal.note_evaluation(self.step, self.steps, right)
 
     def save(self) -> None:
