@@ -468,7 +468,7 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
 #| export kernels/flash_attention
 SETTINGS = {  # BLOCK_M, BLOCK_N, num_warps, num_stages for two-byte numbers, by kernel and head dimension
     "forward": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dq": {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dq": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     "dkdv": {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
 }
 
@@ -476,7 +476,7 @@ SETTINGS = {  # BLOCK_M, BLOCK_N, num_warps, num_stages for two-byte numbers, by
 def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, windowed: bool = False) -> dict[str, int]:
     """Tile sizes and launch settings of a kernel ("forward", "dq" or "dkdv") on a chip of compute capability × 10."""
     if dtype == torch.float32:  # three tf32 products for one, in registers
-        sizes = (16, 16, 4, 1)
+        sizes = (32, 32, 4, 1) if INTERPRETING else (16, 16, 4, 1)
     elif capability in (90, 100):
         sizes = SETTINGS[kernel][D]
     else:  # less shared memory, no tensor cores that work on their own

@@ -5,6 +5,8 @@ Keys come in tiles, scores stay on the chip, tiles that a window hides are never
 input gives the same bits. Layout (B, T, H, D). Needs torch and triton only.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,69 +19,67 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: it is what 
 
 
 @triton.jit
-def visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, first, end, window, scale,
-               D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Update acc (M, D), running sum and maximum (M,) with the key tiles of [first, end)."""
-    for start in range(first, end, BLOCK_N):
-        k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        scores = tl.dot(q, k.T, input_precision="tf32x3")  # (M, N) float32
-        if MASKED:
-            distance = rows[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
-            scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # in units of log 2
-        weights = tl.exp2(scores * scale - new_top[:, None])
-        rescale = tl.exp2(top - new_top)
-        total = total * rescale + tl.sum(weights, 1)
-        v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="tf32x3")
-        top = new_top
-    return acc, total, top
+def hide(values, rows, keys, window, hidden):
+    """Values (…) where a row sees the key: itself and `window` before; `hidden` elsewhere."""
+    return tl.where((rows >= keys) & (rows - keys <= window), values, hidden)
 
 
 @triton.jit
-def key_stretches(start, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key tiles that queries start … start + BLOCK_M − 1 visit: [first, whole) masked, [whole, diagonal) not, then masked."""
-    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N
-    diagonal = start // BLOCK_N * BLOCK_N  # tiles before it hold only keys that every row has passed…
-    whole = (tl.maximum(start + BLOCK_M - 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N  # …and the last row sees
-    return first, tl.minimum(tl.maximum(whole, first), diagonal), diagonal
+def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), and what the past is rescaled by."""
+    if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
+        rows, keys = start + tl.arange(0, BLOCK_M), key + tl.arange(0, BLOCK_N)
+        scores = hide(scores, rows[:, None], keys[None, :], window, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # in units of log 2
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    rescale = tl.exp2(top - new_top)
+    return weights, total * rescale + tl.sum(weights, 1), new_top, rescale
 
 
 @triton.jit
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
-                   D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                   D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: no straggler comes last
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     kv_head = head // group
-    rows = start + tl.arange(0, BLOCK_M)
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-    first, whole, diagonal = key_stretches(start, window, BLOCK_M, BLOCK_N)
+    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N  # the first tile that any row sees
+    end = (start + BLOCK_M - 1) // BLOCK_N * BLOCK_N + 2 * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    rescale = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -1e30, tl.float32)
-    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, first, whole,
-                                 window, scale, D, BLOCK_N, True)
-    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, whole, diagonal,
-                                 window, scale, D, BLOCK_N, False)
-    acc, total, top = visit_keys(acc, total, top, q, k_all, v_all, batch, kv_head, rows, diagonal, start + BLOCK_M,
-                                 window, scale, D, BLOCK_N, True)
+    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for key in range(first, end, BLOCK_N):
+        k = k_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        v = v_all.load([batch, kv_head, tl.maximum(key - BLOCK_N, first), 0]).reshape(BLOCK_N, D)  # the tile before
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        weights, total, top, rescale = softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M, BLOCK_N)
 
     out_all.store([batch, head, start, 0], (acc / total[:, None]).to(out_all.dtype).reshape(1, 1, BLOCK_M, D))
-    line = tl.program_id(1).to(tl.int64) * T
-    tl.store(lse_all + line + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
+    rows = start + tl.arange(0, BLOCK_M)
+    tl.store(lse_all + tl.program_id(1).to(tl.int64) * T + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
 
 
-def settings(kernel: str, D: int, dtype: torch.dtype, chip: int = 90) -> dict[str, int]:
-    """Tile sizes and launch settings of a kernel ("forward", "dq" or "dkdv") for a head dimension."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    if D == 256:
-        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
-    if kernel == "dkdv":
-        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+SETTINGS = {  # BLOCK_M, BLOCK_N, num_warps, num_stages for two-byte numbers, by kernel and head dimension
+    "forward": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+    "dq": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dkdv": {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+}
+
+
+def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, windowed: bool = False) -> dict[str, int]:
+    """Tile sizes and launch settings of a kernel ("forward", "dq" or "dkdv") on a chip of compute capability × 10."""
+    if dtype == torch.float32:  # three tf32 products for one, in registers
+        sizes = (32, 32, 4, 1) if INTERPRETING else (16, 16, 4, 1)
+    elif capability in (90, 100):
+        sizes = SETTINGS[kernel][D]
+    else:  # less shared memory, no tensor cores that work on their own
+        sizes = (64, 32, 4 if D < 128 else 8, 1) if kernel != "dkdv" else (32, 64, 4 if D < 128 else 8, 1)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
 
 def describe(x: torch.Tensor, block: int) -> TensorDescriptor:
@@ -91,6 +91,18 @@ def describe(x: torch.Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, [B, H, T, D], [strides[0], strides[2], strides[1], 1], [1, 1, block, D])
 
 
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability × 10; where the kernel is interpreted, an H200's."""
+    return 90 if device.type != "cuda" else 10 * torch.cuda.get_device_capability(device)[0]
+
+
+def launch_settings(kernel: str, q: torch.Tensor, window: int) -> tuple[dict, int, int]:
+    """(all compile-time arguments and launch settings, BLOCK_M, BLOCK_N)."""
+    sizes = settings(kernel, q.size(3), q.dtype, capability(q.device), window < q.size(1) - 1)
+    return dict(D=q.size(3), PRECISION="tf32x3", **sizes), sizes["BLOCK_M"], sizes["BLOCK_N"]
+
+
 @torch.library.custom_op("nanochat::flash_forward", mutates_args=())
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Output like q, and logsumexp (B, H, T) float32; arguments as `flash_attention` has checked them."""
@@ -100,10 +112,9 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
     B, T, H, D = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    sizes = settings("forward", D, q.dtype)
-    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    rest, M, N = launch_settings("forward", q, window)
     forward_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M), lse,
-                                             T, H, H // k.size(2), window, LOG2E.value / D**0.5, D=D, **sizes)
+                                             T, H, H // k.size(2), window, LOG2E.value / D**0.5, **rest)
     return out, lse
 
 
@@ -113,24 +124,8 @@ def _(q, k, v, window):
 
 
 @triton.jit
-def dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, first, end, window, scale,
-             D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Add to dq (M, D) what the key tiles of [first, end) give; lse in units of log 2."""
-    for start in range(first, end, BLOCK_N):
-        k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        p = tl.exp2(tl.dot(q, k.T, input_precision="tf32x3") * scale - lse[:, None])  # (M, N)
-        if MASKED:
-            distance = rows[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
-            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
-        v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-        ds = p * (tl.dot(do, v.T, input_precision="tf32x3") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
-    return dq
-
-
-@triton.jit
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
-              D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+              D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
@@ -143,62 +138,53 @@ def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, 
     tl.store(delta_all + line + rows, delta, mask=rows < T)
     lse = tl.load(lse_all + line + rows, mask=rows < T, other=0.0) * LOG2E
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-    first, whole, diagonal = key_stretches(start, window, BLOCK_M, BLOCK_N)
+    first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N
+    end = (start + BLOCK_M - 1) // BLOCK_N * BLOCK_N + 2 * BLOCK_N
 
     dq = tl.zeros([BLOCK_M, D], tl.float32)
-    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, first, whole,
-                  window, scale, D, BLOCK_N, True)
-    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, whole, diagonal,
-                  window, scale, D, BLOCK_N, False)
-    dq = dq_tiles(dq, q, do, lse, delta, k_all, v_all, batch, kv_head, rows, diagonal, start + BLOCK_M,
-                  window, scale, D, BLOCK_N, True)
+    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for key in range(first, end, BLOCK_N):
+        k = k_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        v = v_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
+        dp = tl.dot(do, v.T, input_precision=PRECISION)
+        before = k_all.load([batch, kv_head, tl.maximum(key - BLOCK_N, first), 0]).reshape(BLOCK_N, D)
+        dq = tl.dot(ds.to(before.dtype), before, dq, input_precision=PRECISION)
+        p = tl.exp2(scores * scale - lse[:, None])
+        if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
+            p = hide(p, rows[:, None], key + tl.arange(0, BLOCK_N)[None, :], window, 0.0)
+        ds = p * (dp - delta[:, None])
     dq_all.store([batch, head, start, 0], (dq * factor).to(dq_all.dtype).reshape(1, 1, BLOCK_M, D))
 
 
 @triton.jit
-def dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_line, delta_line, batch, head, keys, first, end, T, window, scale,
-               D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """Add to dk, dv (N, D) what the query tiles of [first, end) give."""
-    for start in range(first, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        lse = tl.load(lse_line + rows, mask=rows < T, other=0.0) * LOG2E
-        q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-        p = tl.exp2(tl.dot(k, q.T, input_precision="tf32x3") * scale - lse[None, :])  # (N, M)
-        if MASKED:
-            distance = rows[None, :] - keys[:, None]
-            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
-        do = do_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32x3")
-        delta = tl.load(delta_line + rows, mask=rows < T, other=0.0)
-        ds = p * (tl.dot(v, do.T, input_precision="tf32x3") - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
-    return dk, dv
-
-
-@triton.jit
 def dkdv_kernel(q_all, k_all, v_all, do_all, dk_all, dv_all, lse_all, delta_all, T, KVH, group, window, scale, factor,
-                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one block of keys of one key head, from all heads of its group."""
     start = tl.program_id(0) * BLOCK_N  # the first keys are seen by most: longest first again
     batch, kv_head = tl.program_id(1) // KVH, tl.program_id(1) % KVH
     keys = start + tl.arange(0, BLOCK_N)
     k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
     v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
-    first = start // BLOCK_M * BLOCK_M
     end = tl.minimum(start + BLOCK_N + window, T)  # no later query sees any of these keys
-    passed = tl.minimum((start + BLOCK_N + BLOCK_M - 2) // BLOCK_M * BLOCK_M, end)  # from here on every row has passed all…
-    whole = tl.minimum(tl.maximum((start + window + 1) // BLOCK_M * BLOCK_M, passed), end)  # …up to here it sees the first
 
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     for head in range(kv_head * group, (kv_head + 1) * group):
         line = (batch * KVH * group + head).to(tl.int64) * T
-        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
-                            first, passed, T, window, scale, D, BLOCK_M, True)
-        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
-                            passed, whole, T, window, scale, D, BLOCK_M, False)
-        dk, dv = dkdv_tiles(dk, dv, k, v, q_all, do_all, lse_all + line, delta_all + line, batch, head, keys,
-                            whole, end, T, window, scale, D, BLOCK_M, True)
+        for query in range(start // BLOCK_M * BLOCK_M, end, BLOCK_M):
+            rows = query + tl.arange(0, BLOCK_M)
+            lse = tl.load(lse_all + line + rows, mask=rows < T, other=0.0) * (-LOG2E / scale)
+            delta = tl.load(delta_all + line + rows, mask=rows < T, other=0.0)
+            q = q_all.load([batch, head, query, 0]).reshape(BLOCK_M, D)
+            scores = tl.dot(k, q.T, tl.broadcast_to(lse[None, :], (BLOCK_N, BLOCK_M)), input_precision=PRECISION)
+            do = do_all.load([batch, head, query, 0]).reshape(BLOCK_M, D)
+            dp = tl.dot(v, do.T, tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M)), input_precision=PRECISION)
+            p = tl.exp2(scores * scale)  # (N, M)
+            if (query < start + BLOCK_N - 1) | (query + BLOCK_M - 1 > start + window):
+                p = hide(p, rows[None, :], keys[:, None], window, 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision=PRECISION)
     dk_all.store([batch, kv_head, start, 0], (dk * factor).to(dk_all.dtype).reshape(1, 1, BLOCK_N, D))
     dv_all.store([batch, kv_head, start, 0], dv.to(dv_all.dtype).reshape(1, 1, BLOCK_N, D))
 
@@ -213,17 +199,13 @@ def flash_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torc
     (B, T, H, D), KVH = q.shape, k.size(2)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    scale, factor = LOG2E.value / D**0.5, D**-0.5
-    sizes = settings("dq", D, q.dtype)
-    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
-    dq_kernel[triton.cdiv(T, M), B * H](
-        describe(q, M), describe(k, N), describe(v, N), describe(out, M), describe(grad, M), describe(dq, M), lse, delta,
-        T, H, H // KVH, window, scale, factor, D=D, **sizes)
-    sizes = settings("dkdv", D, q.dtype)
-    M, N = sizes["BLOCK_M"], sizes["BLOCK_N"]
-    dkdv_kernel[triton.cdiv(T, N), B * KVH](
-        describe(q, M), describe(k, N), describe(v, N), describe(grad, M), describe(dk, N), describe(dv, N), lse, delta,
-        T, KVH, H // KVH, window, scale, factor, D=D, **sizes)
+    numbers = H // KVH, window, LOG2E.value / D**0.5, D**-0.5
+    rest, M, N = launch_settings("dq", q, window)
+    dq_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M),
+                                        describe(grad, M), describe(dq, M), lse, delta, T, H, *numbers, **rest)
+    rest, M, N = launch_settings("dkdv", q, window)
+    dkdv_kernel[triton.cdiv(T, N), B * KVH](describe(q, M), describe(k, N), describe(v, N), describe(grad, M),
+                                            describe(dk, N), describe(dv, N), lse, delta, T, KVH, *numbers, **rest)
     return dq, dk, dv
 
 
@@ -264,13 +246,14 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
-    for dtype, kind, dims in ((torch.bfloat16, "bf16", HEAD_DIMS), (torch.float32, "fp32", HEAD_DIMS)):
-        for name, kernel in (("forward", forward_kernel), ("dq", dq_kernel), ("dkdv", dkdv_kernel)):
-            for D in dims:
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float32, "fp32", (64, 128))):
+        for D in dims:
+            for name, kernel in (("forward", forward_kernel), ("dq", dq_kernel), ("dkdv", dkdv_kernel)):
                 sizes = settings(name, D, dtype, capability)
                 options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
-                types = {x: "*fp32" for x in ("lse_all", "delta_all")} | {"scale": "fp32", "factor": "fp32"}
+                types = {"lse_all": "*fp32", "delta_all": "*fp32", "scale": "fp32", "factor": "fp32"}
                 for x in ("q", "k", "v", "out", "do", "dq", "dk", "dv"):
-                    types[f"{x}_all"] = f"tensordesc<{kind}[1, 1, {sizes['BLOCK_N' if x in ('k', 'v', 'dk', 'dv') else 'BLOCK_M']}, {D}]>"
+                    block = sizes["BLOCK_N" if x in ("k", "v", "dk", "dv") else "BLOCK_M"]
+                    types[f"{x}_all"] = f"tensordesc<{kind}[1, 1, {block}, {D}]>"
                 yield (f"{name} {kind} D={D}", kernel, {x: types[x] for x in types if x in kernel.arg_names},
-                       {"D": D, **sizes}, options)
+                       {"D": D, "PRECISION": "tf32x3", **sizes}, options)
