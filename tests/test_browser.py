@@ -1,5 +1,6 @@
 """The web chat and the notebook's chat box in a real browser (Debian's chromium, driven by playwright)."""
 
+import contextlib
 import json
 import os
 import re
@@ -233,14 +234,25 @@ def lab(tmp_path, base_dir):
         process.wait(20)
 
 
+def run_all(page):
+    """Run the notebook; a click that comes before JupyterLab is quite ready is lost, so look whether it did anything."""
+    from playwright.sync_api import TimeoutError
+
+    begun = ", ".join(f".jp-InputPrompt:has-text('[{sign}]')" for sign in "*1")
+    for _ in range(10):
+        page.click(".jp-CodeCell .cm-content")
+        page.click(".lm-MenuBar-itemLabel:text-is('Run')")
+        page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+        with contextlib.suppress(TimeoutError):
+            return page.wait_for_selector(begun, timeout=3000)
+
+
 def test_notebook_chat_in_jupyterlab(lab, browser):
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(90_000)
     page.goto(f"{lab.url}/lab/tree/chat.ipynb")
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')  # the kernel is there
-    page.click(".jp-CodeCell .cm-content")
-    page.click(".lm-MenuBar-itemLabel:text-is('Run')")
-    page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+    run_all(page)
     entry = page.wait_for_selector('input[placeholder="say something, then Enter"]')
     entry.fill("sum")
     entry.press("Enter")
@@ -273,4 +285,21 @@ def test_notebook_chat_in_jupyterlab(lab, browser):
     assert len(list(lab.folder.glob("chat-*.jsonl"))) == 1
     page.click("button:has-text('clear')")
     page.wait_for_selector(".chat-user", state="detached")
+    # a second tab shows the same conversation, and there is still one answer at a time
+    page.click(".jp-CodeCell .cm-content")
+    page.keyboard.press("Control+s")
+    page.wait_for_selector(".lm-TabBar-tab.lm-mod-current:not(.jp-mod-dirty):has-text('chat.ipynb')")
+    other = browser.new_page()
+    other.set_default_timeout(90_000)
+    other.goto(f"{lab.url}/lab/tree/chat.ipynb")
+    second = other.wait_for_selector('input[placeholder="say something, then Enter"]')
+    second.fill("long")
+    second.press("Enter")
+    page.wait_for_selector("text=/word word word/")
+    entry.fill("me too")
+    entry.press("Enter")
+    other.wait_for_selector("text=still answering")
+    page.click("button:has-text('stop')")
+    other.wait_for_selector("text=tokens/s, stopped")
+    other.close()
     page.close()
