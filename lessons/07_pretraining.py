@@ -552,7 +552,7 @@ import torch
 from nanochat_lib.common import NanochatError
 from nanochat_lib.gpt import GPT
 from nanochat_lib.optim import parameter_groups
-from nanochat_lib.scaling import Recipe, on_meta
+from nanochat_lib.scaling import Recipe, on_meta, recipe
 
 # name in torch.cuda.get_device_name(): (dense bfloat16 FLOP/s, memory in GB), from the makers' data sheets
 CHIPS = {"GB200": (2500e12, 186), "B200": (2250e12, 180), "H200": (989e12, 141), "H100 NVL": (835e12, 94),
@@ -636,11 +636,19 @@ def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str,
     hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
     return {
         "memory": f"about {memory['total'] / 1e9:.1f} of {gigabytes} GB on each of {plan.gpus} {plan.chip} with "
-                  f"{device_batch} rows at a time ({parts}){advice}",
+                  f"{device_batch} rows at a time{advice}",
+        "of which": parts,
         "time": f"about {hours:.2f} h at {plan.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (--mfu)",
         "price": f"about {hours * plan.gpus * plan.dollars_per_gpu_hour:.2f} dollars at {plan.dollars_per_gpu_hour:g} "
                  "a GPU hour (--dollars-per-gpu-hour)",
     }
+
+
+def describe_dial(depth: int, gpus: int = 8, device_batch: int = 16) -> str:
+    """All that follows from the depth, a line each: the recipe, and what it takes."""
+    dial = recipe(depth)
+    lines = {**dial.describe(), **describe_budget(dial, device_batch, Machine(gpus=gpus))}
+    return "\n".join(f"{name:12} {value}" for name, value in lines.items())
 
 # %% [markdown]
 # A GPT-2 grade model, at the ratio of 8 tokens per parameter that is just enough for it; this is what `base_train --depth=24
@@ -665,6 +673,19 @@ for y, (gpus, rows) in enumerate(((1, 16), (8, 16), (8, 32))):
 _ = ax.axvline(80, color="black", linestyle=":", label="one H100")
 ax.set(xlabel="GB on each GPU, depth 24", yticks=range(3), yticklabels=["1 GPU, 16 rows", "8 GPUs, 16 rows", "8 GPUs, 32 rows"])
 _ = ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+# %% [markdown]
+# The dial itself. Turn it (in a running notebook): at which depth does a run on eight GPUs cost a day? Where does it
+# no longer fit?
+
+# %%
+# NBVAL_IGNORE_OUTPUT
+import ipywidgets
+
+from nanochat_lib.budget import describe_dial
+
+_ = ipywidgets.interact(lambda depth, gpus, rows: print(describe_dial(depth, gpus, rows)),
+                        depth=ipywidgets.IntSlider(12, 2, 48, 2), gpus=[1, 2, 4, 8, 16, 64], rows=[4, 8, 16, 32])
 
 # %% [markdown]
 # ## Schedules
@@ -2154,6 +2175,205 @@ assert curve[-1][1] < 0.75 * curve[0][1]
 # are the same, bit for bit. On several, `python -m torch.distributed.run --nproc-per-node=2 -m
 # nanochat_lib.scripts.base_train …` trains the same one model; both are tests of this course
 # (`tests/test_base_train.py`).
+
+# %% [markdown]
+# ## Where the rules come from
+#
+# That tokens should be some multiple of the parameters was found by experiment (Chinchilla, arXiv 2203.15556): for a
+# budget of FLOPs train models of several sizes, the small ones on many tokens, the large ones on few. The losses lie on
+# a parabola over log N, whose bottom is the best size N for this budget; and over several budgets, log N against log
+# FLOPs is a straight line. Its slope is about one half: a larger budget is best shared between size and tokens. The
+# same experiment, a million million times smaller, on the embedded world:
+
+# %%
+#| export study
+"""A scaling study (arXiv 2203.15556, its second approach): models of several depths trained on several budgets of FLOPs."""
+
+# %%
+#| export study
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanochat_lib.common import NanochatError
+from nanochat_lib.dataloader import PackedLoader
+from nanochat_lib.evaluation import evaluate_bpb
+from nanochat_lib.gpt import build_model
+from nanochat_lib.scaling import Recipe, learning_rate_multiplier, muon_momentum, recipe, warmup_of, weight_decay_at
+from nanochat_lib.tokenizer import Tokenizer
+from nanochat_lib.training import LossScaler, accumulate, set_rates
+
+CONTEXT, ROWS = 64, 16  # 1,024 tokens a step
+EVAL_BATCHES = 24
+RATES = 0.004, 0.15, 0.04, 0.0, 0.25  # of setup_optimizer: the best of four tried at depth 2, for runs this short
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a study."""
+
+    budget: float   # FLOPs that were asked for
+    depth: int
+    params: int     # N, matrices and lm_head
+    tokens: int     # D
+    bpb: float      # validation bits per byte at the end
+
+
+def small_recipe(depth: int, budget: float, vocab_size: int) -> Recipe:
+    """A model 24 × depth wide, trained for a budget of FLOPs; otherwise by the rules of any run."""
+    return recipe(depth, aspect_ratio=24, head_dim=24, max_seq_len=CONTEXT, vocab_size=vocab_size, target_flops=budget,
+                  total_batch_size=CONTEXT * ROWS)
+
+
+def train_point(tokenizer: Tokenizer, data_dir: str | Path, depth: int, budget: float, seed: int = 0) -> Point:
+    """Train one model on the CPU, and evaluate it."""
+    dial = small_recipe(depth, budget, tokenizer.get_vocab_size())
+    torch.manual_seed(seed)
+    loader, validation = (PackedLoader(tokenizer, ROWS, CONTEXT, split, data_dir) for split in ("train", "val"))
+    model, scaler = build_model(dial.config, "cpu"), LossScaler(torch.float32)
+    optimizer = model.setup_optimizer(*RATES)
+    for step in range(dial.steps):
+        accumulate(model, loader, 1, scaler)
+        set_rates(optimizer, learning_rate_multiplier(step, dial.steps, warmup_of(dial.steps)),
+                  muon_momentum(step, dial.steps), weight_decay_at(step, dial.steps))
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    bpb = evaluate_bpb(model.eval(), validation, EVAL_BATCHES, tokenizer.token_bytes())
+    for each in (loader, validation):
+        each.close()
+    return Point(budget, depth, dial.scaling_params, dial.tokens, bpb)
+
+# %%
+#| export study
+@dataclass(frozen=True)
+class Optimum:
+    """The bottom of one budget's parabola over log N."""
+
+    budget: float
+    params: float
+    tokens: float
+    coefficients: tuple[float, float, float]  # of bpb as a quadratic in log N
+
+
+def fit_parabola(points: list[Point]) -> Optimum:
+    """The best N for one budget: the bottom of a parabola in log N through the three sizes of least loss.
+
+    NanochatError if there are fewer than three, or if the best one is not among them but beyond their ends.
+    """
+    points = sorted(sorted(points, key=lambda point: point.bpb)[:3], key=lambda point: point.params)
+    size, tokens = np.log([point.params for point in points]), np.log([point.tokens for point in points])
+    budget = points[0].budget
+    if len(points) < 3:
+        raise NanochatError(f"{len(points)} sizes at {budget:.0e} FLOPs: a parabola needs three, give more --depths")
+    a, b, c = np.polyfit(size, [point.bpb for point in points], 2)  # farther off the loss is no parabola
+    bottom = -b / (2 * a) if a > 0 else math.inf
+    if not size.min() <= bottom <= size.max():
+        raise NanochatError(f"the best size at {budget:.0e} FLOPs lies beyond the depths tried: add "
+                            f"{'larger' if bottom > size.max() else 'smaller'} --depths or other --budgets")
+    return Optimum(budget, math.exp(bottom), math.exp(np.interp(bottom, size, tokens)), (float(a), float(b), float(c)))
+
+
+def exponent(optima: list[Optimum], of: Callable[[Optimum], float]) -> float:
+    """a in quantity ∝ FLOPs^a, by a straight line through the logarithms."""
+    if len(optima) < 2:
+        raise NanochatError("an exponent needs two budgets: give more --budgets")
+    return float(np.polyfit(np.log([each.budget for each in optima]), np.log([of(each) for each in optima]), 1)[0])
+
+
+# %%
+#| export scripts/scaling_study
+"""The scaling study as a command: a table, a figure, the exponents. About six minutes on one core."""
+
+# %%
+#| export scripts/scaling_study
+#| cli scaling_study
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanochat_lib.common import NanochatError, base_dir, run_cli, write_aside, write_json
+from nanochat_lib.dataset import read_texts, row_groups
+from nanochat_lib.study import Optimum, Point, exponent, fit_parabola, train_point
+from nanochat_lib.tokenizer import Tokenizer
+from nanochat_lib.world import write_world
+
+VOCABULARY = 512
+
+
+@dataclass
+class ScalingStudy:
+    """Which models, on which budgets."""
+
+    depths: str = "1,2,3,4"
+    budgets: str = "1e11,3e11,1e12"  # FLOPs of each run
+    seed: int = 0
+    data_dir: str = ""               # folder of shards; empty: a world, written for the study
+
+
+def numbers(text: str, flag: str, kind: type) -> list:
+    """"1,2" → [1, 2]"""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise NanochatError(f"{flag} {text!r} is no list of positive numbers: give some like 1,2,3")
+    return found
+
+
+def draw(points: list[Point], optima: list[Optimum], path: Path | None = None):
+    """Losses over N with their parabolas, one colour a budget; the figure, also written to `path`."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    for budget, colour in zip(dict.fromkeys(point.budget for point in points), plt.get_cmap("tab10").colors):
+        mine = [point for point in points if point.budget == budget]
+        axes[0].semilogx([p.params for p in mine], [p.bpb for p in mine], "o", color=colour, label=f"{budget:.0e} FLOPs")
+        for best in (each for each in optima if each.budget == budget):
+            size = np.geomspace(mine[0].params, mine[-1].params, 50)
+            axes[0].semilogx(size, np.polyval(best.coefficients, np.log(size)), color=colour)
+            axes[0].plot(best.params, np.polyval(best.coefficients, np.log(best.params)), "*", color=colour, markersize=14)
+    axes[0].set(xlabel="N, parameters", ylabel="validation bits per byte")
+    axes[0].legend(fontsize=8)
+    axes[1].loglog([each.budget for each in optima], [each.params for each in optima], "*-", label="N, parameters")
+    axes[1].loglog([each.budget for each in optima], [each.tokens for each in optima], "o-", label="D, tokens")
+    axes[1].set(xlabel="FLOPs", title="the best share-out of a budget")
+    axes[1].legend(fontsize=8)
+    if path:
+        with write_aside(path) as aside:
+            figure.savefig(aside, format="png")
+    return figure
+
+
+def scaling_study(settings: ScalingStudy) -> None:
+    """Train models of several sizes on several budgets on the CPU, and find how the best size grows with the budget."""
+    depths, budgets = numbers(settings.depths, "--depths", int), numbers(settings.budgets, "--budgets", float)
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = settings.data_dir or write_world(Path(scratch), count=20_000) / "shards"
+        texts = (text for unit in row_groups(shards) for text in read_texts(unit))
+        tokenizer, points = Tokenizer.train_from_iterator(texts, VOCABULARY), []
+        for budget in budgets:
+            for depth in depths:
+                points.append(train_point(tokenizer, shards, depth, budget, settings.seed))
+                print(f"{budget:.0e} FLOPs, depth {depth}: N {points[-1].params:,}, D {points[-1].tokens:,}, "
+                      f"{points[-1].bpb:.4f} bits per byte", flush=True)
+    optima = []
+    for budget in budgets:
+        try:
+            optima.append(fit_parabola([point for point in points if point.budget == budget]))
+            print(f"best at {budget:.0e} FLOPs: N {optima[-1].params:,.0f}, D {optima[-1].tokens:,.0f}")
+        except NanochatError as error:
+            print(f"left out: {error}")
+    place = base_dir() / "report" / "scaling_study"
+    write_json(place.with_suffix(".json"), {"points": [asdict(p) for p in points], "optima": [asdict(o) for o in optima]})
+    draw(points, optima, place.with_suffix(".png"))
+    print(f"N ∝ FLOPs^{exponent(optima, lambda each: each.params):.2f}, "
+          f"D ∝ FLOPs^{exponent(optima, lambda each: each.tokens):.2f}: {place}.png")
 
 # %% [markdown]
 # ## How good is it?

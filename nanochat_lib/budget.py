@@ -10,7 +10,7 @@ import torch
 from nanochat_lib.common import NanochatError
 from nanochat_lib.gpt import GPT
 from nanochat_lib.optim import parameter_groups
-from nanochat_lib.scaling import Recipe, on_meta
+from nanochat_lib.scaling import Recipe, on_meta, recipe
 
 # name in torch.cuda.get_device_name(): (dense bfloat16 FLOP/s, memory in GB), from the makers' data sheets
 CHIPS = {"GB200": (2500e12, 186), "B200": (2250e12, 180), "H200": (989e12, 141), "H100 NVL": (835e12, 94),
@@ -93,8 +93,16 @@ def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str,
     hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
     return {
         "memory": f"about {memory['total'] / 1e9:.1f} of {gigabytes} GB on each of {plan.gpus} {plan.chip} with "
-                  f"{device_batch} rows at a time ({parts}){advice}",
+                  f"{device_batch} rows at a time{advice}",
+        "of which": parts,
         "time": f"about {hours:.2f} h at {plan.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (--mfu)",
         "price": f"about {hours * plan.gpus * plan.dollars_per_gpu_hour:.2f} dollars at {plan.dollars_per_gpu_hour:g} "
                  "a GPU hour (--dollars-per-gpu-hour)",
     }
+
+
+def describe_dial(depth: int, gpus: int = 8, device_batch: int = 16) -> str:
+    """All that follows from the depth, a line each: the recipe, and what it takes."""
+    dial = recipe(depth)
+    lines = {**dial.describe(), **describe_budget(dial, device_batch, Machine(gpus=gpus))}
+    return "\n".join(f"{name:12} {value}" for name, value in lines.items())

@@ -1,18 +1,26 @@
 """Lesson 07: pretraining runs of seconds: to the end, resumed, on two processes, and when things are missing."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
+import tyro
+from conftest import QUIET, ROOT
 from small_run import FLAGS, SMALL, data, losses, same, weights, write_shard  # noqa: F401
 
 from nanochat_lib import checkup, pretraining
 from nanochat_lib.checkpoint import checkpoint_directory, load_model, load_optimizer, read_meta, steps_in
-from nanochat_lib.common import NanochatError, read_json
+from nanochat_lib.common import NanochatError, Runtime, read_json
 from nanochat_lib.pretraining import BaseTrain
 from nanochat_lib.scripts.base_eval import BaseEval, base_eval
 from nanochat_lib.scripts.base_train import base_train
+from nanochat_lib.tokenizer import load_tokenizer
 from nanochat_lib.training import LossScaler, LossWatch, accumulate, check_weights, compiled, divide_batch, set_rates
 
 
@@ -105,10 +113,27 @@ def test_a_loss_that_is_no_number_stops_the_run(data, monkeypatch):
     monkeypatch.setattr(pretraining, "accumulate", poisoned)
     with pytest.raises(NanochatError, match=r"nan at step 6.*step 4 in .*--resume-from-step=4.*lm_head"):
         base_train(BaseTrain(**SMALL, data_dir=data))
-    with torch.no_grad(), pytest.raises(NanochatError, match="lm_head.weight is not finite at step 4"):
+    with torch.no_grad(), pytest.raises(NanochatError, match="lm_head.weight is not finite at step 4"):  # nor is it saved
         model = load_model("base", "cpu", model_tag="d2")[0]
         model.lm_head.weight[0, 0] = float("inf")
         check_weights(model, 4, checkpoint_directory("base", "d2"))
+
+
+def test_an_exploding_loss_stops_the_run(make_model, tmp_path):
+    optimizer = make_model().setup_optimizer()
+    for step in (100, 200):
+        (tmp_path / f"meta_000{step}.json").write_text("{}")
+    watch, step = LossWatch(32768, patience=10), 0
+    for step in range(150):  # down from ln(32768) = 10.4, with noise and one spike that passes
+        watch.check(10.4 - 0.05 * step + (5 if step == 60 else 0.3 * (step % 2)), step, optimizer, tmp_path)
+    watch = LossWatch(32768, json.loads(json.dumps(watch.state())), patience=10)  # as after a resume
+    with pytest.raises(NanochatError, match=r"exploded: above 6.\d+ for 10 steps, after a best of 3.\d+, 9.00 at step 204"
+                                            r".*step 100 in .*norms of the gradients: lm_head 0, .*muon"):
+        for step in range(150, 300):
+            watch.check(3.0 if step < 195 else 9.0, step, optimizer, tmp_path)
+    with pytest.raises(NanochatError, match="above 11.40 for 10 steps.*there is no checkpoint yet"):
+        for step in range(10):
+            LossWatch(32768, {"best": None, "recent": None, "bad": step}, 10).check(12.0, step, optimizer, tmp_path / "none")
 
 
 def test_eval_tokens_under_a_batch_are_rounded_up(data, base_dir, capsys):
@@ -124,25 +149,93 @@ def test_the_default_evaluation_is_sized_to_run_and_machine(data, capsys):
     assert 0 < int(said.replace(",", "")) <= 30 * 256 // 10
 
 
-def test_what_is_missing_or_impossible_is_one_line(data, base_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("match, changes", [
+    ("give 224", {"total_batch_size": 250}), ("depth 0", {"depth": 0}), ("SX", {"window_pattern": "SX"}),
+    ("--head-dim 0", {"head_dim": 0}), ("even size", {"head_dim": 17}), ("--aspect-ratio -1", {"aspect_ratio": -1}),
+    ("--device-batch-size 0: it must be at least 1", {"device_batch_size": 0}), ("--max-seq-len 0", {"max_seq_len": 0}),
+    ("--num-iterations 0", {"num_iterations": 0}), ("--total-batch-size 0", {"total_batch_size": 0}),
+    ("--save-every 0", {"save_every": 0}), ("--keep-last 0", {"keep_last": 0}), ("--warmup-steps -1", {"warmup_steps": -1}),
+    ("--warmdown-ratio 2", {"warmdown_ratio": 2.0}), ("--final-lr-frac 7", {"final_lr_frac": 7.0}),
+    ("--eval-tokens 0", {"eval_tokens": 0}), ("0 steps", {"num_iterations": -1, "target_flops": 1.0}),
+    ("--target-param-data-ratio 0", {"num_iterations": -1, "target_param_data_ratio": 0.0}),
+    ("--fp8 cannot run: it needs a CUDA device", {"fp8": True}), ("rowwise is unknown: choose tensorwise", {"fp8_recipe": "rowwise"}),
+    ("exclude each other", {"compile": True, "no_compile": True}), ("not on this machine", {"device_type": "abacus"}),
+    ("no checkpoint of step 5 in .*there are none", {"resume_from_step": 5})])
+def test_impossible_settings_are_one_line(data, base_dir, match, changes):
+    with pytest.raises(NanochatError, match=match) as error:
+        base_train(BaseTrain(**{**SMALL, "data_dir": data, **changes}))
+    assert "\n" not in str(error.value) and not (base_dir / "base_checkpoints").exists()  # before any work
+
+
+def test_an_unknown_flag_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(BaseTrain, args=["--dept=4"])
+    assert stop.value.code == 2 and "--dept" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_one_line(data, base_dir, tmp_path, monkeypatch):
     def refused(match, **changes):
         with pytest.raises(NanochatError, match=match):
             base_train(BaseTrain(**{**SMALL, "data_dir": data, **changes}))
 
     (tmp_path / "empty").mkdir()
     refused("no parquet shards", data_dir=str(tmp_path / "empty"))
-    refused("give 224", total_batch_size=250)
-    refused("depth 0", depth=0)
-    refused("SX", window_pattern="SX")
-    refused("--fp8 cannot run: it needs a CUDA device", fp8=True)
-    refused("exclude each other", compile=True, no_compile=True)
-    refused("not on this machine", device_type="abacus")
     monkeypatch.setenv("NANOCHAT_DTYPE", "bf16")
     refused("bf16.*bfloat16, float16, float32")
     monkeypatch.delenv("NANOCHAT_DTYPE")
     shutil.rmtree(base_dir / "tokenizer")
     refused("tok_train")
-    assert not list(base_dir.glob("base_checkpoints/*/meta*"))
+    assert not (base_dir / "base_checkpoints").exists()
+
+
+def test_more_ranks_than_documents_is_one_line(data, base_dir, tmp_path, monkeypatch):
+    write_shard(tmp_path / "few", 0, [["Anna lives in Oakham."] * 2])
+    write_shard(tmp_path / "few", 1, [["Ben keeps a cat."] * 5])
+    runtime = Runtime(torch.device("cpu"), 0, 0, 4)
+    settings = BaseTrain(**{**SMALL, "data_dir": str(tmp_path / "few")})
+    tokenizer = load_tokenizer()
+    with pytest.raises(NanochatError, match="2 documents in .* for 4 processes"):
+        pretraining.Run(settings, runtime, tokenizer, pretraining.recipe_of(settings, tokenizer.get_vocab_size()))
+    assert not (base_dir / "base_checkpoints").exists()
+
+
+def test_live(data, monkeypatch, capsys):
+    """A line of metrics a step, with time left and (where the peak is known) MFU; the same to Weights & Biases."""
+    sent, fake = [], types.ModuleType("wandb")
+    fake.init = lambda **about: sent.append(about) or types.SimpleNamespace(log=sent.append, finish=lambda: sent.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(pretraining, "peak_flops", lambda device: 1e9)
+    base_train(BaseTrain(**{**SMALL, "run": "mine", "sample_every": 6, "keep_last": 1}, data_dir=data))
+    lines = [json.loads(line) for line in
+             (checkpoint_directory("base", "d2") / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert all({"loss", "lr", "tok_per_sec", "mfu", "eta_seconds", "epoch"} <= set(line) for line in steps)
+    assert all(line["mfu"] > 0 for line in steps) and steps[-1]["eta_seconds"] == 0
+    assert sent[0]["name"] == "mine" and sent[0]["config"]["depth"] == 2 and sent[-1] == "end"
+    assert [{"step": line["step"], "loss": line["loss"]} for line in steps] == [
+        {"step": line["step"], "loss": line["loss"]} for line in sent[1:-1] if "loss" in line]
+    said = capsys.readouterr().out
+    assert "minutes left" in said and "The capital of France is" in said and "for which training stopped" in said
+    assert steps_in(checkpoint_directory("base", "d2")) == [12]
+
+
+@pytest.mark.timeout(900)
+def test_a_run_of_one_process_goes_on_over_two_nodes(data, base_dir):
+    """Two launchers of torchrun that find each other, as on two machines; local rank 0 on both."""
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 4}, data_dir=data))
+    before = weights(step=4)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}",
+                               "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "-m",
+                               "nanochat_lib.scripts.base_train", *FLAGS, f"--data-dir={data}", "--num-iterations=8", "--resume"],
+                              cwd=ROOT, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+             for node in (0, 1)]
+    said = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "going on from step 4" in said[0][0] and not said[1][0].strip()  # one voice
+    assert sorted(losses()) == list(range(8)) and not same(before, weights(step=8))
 
 
 def test_one_shard_is_split(base_dir, tokenizer, tmp_path, capsys):
@@ -236,14 +329,13 @@ def test_without_a_compiler_training_goes_on(make_model, monkeypatch, capsys):
     assert compiled(model, (ids, ids), None, 1e9) is model and not capsys.readouterr().out  # too short to pay
 
 
-def test_dry_run_prints_the_recipe_and_what_it_takes(base_dir, run_module):
+def test_dry_run_prints_the_recipe_and_what_it_takes(base_dir, capsys):
     flags = ("--depth=24", "--target-param-data-ratio=8", "--device-batch-size=16", "--dry-run", "--fp8", "--mfu=0.5",
              "--dollars-per-gpu-hour=2.5", "--gpus=16")
-    run = run_module("nanochat_lib.scripts.base_train", *flags)
-    assert run.returncode == 0, run.stderr
-    said = {line.split()[0]: line for line in run.stdout.splitlines()}
+    base_train(tyro.cli(BaseTrain, args=flags))
+    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "depth 24" in said["model"] and "5,568 steps of 1,048,576" in said["tokens"] and "FLOPs" in said
-    assert "on each of 16 H100" in said["memory"] and "optimizer state" in said["memory"]
+    assert "on each of 16 H100" in said["memory"] and "optimizer state" in said["of"]
     assert "50% of 989" in said["time"] and "2.5 a GPU hour" in said["price"] and not (base_dir / "base_checkpoints").exists()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from collections import Counter
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ import torch
 
 from nanochat_lib.common import NanochatError
 from nanochat_lib.dataloader import BestFit, PackedLoader
+from nanochat_lib.dataset import row_groups
 
 
 def texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
@@ -118,31 +118,39 @@ def test_resume_goes_on_with_the_next_row(tokenizer, shards):
         assert loader.state() == resumed.state()
 
 
-@pytest.mark.parametrize("before, after", [(2, 2), (1, 2), (3, 1), (2, 3)])
-def test_ranks_share_the_data_also_when_their_number_changes(tokenizer, shards, before, after):
+@pytest.mark.parametrize("worlds", [(1, 2, 1), (2, 1, 3), (3, 2, 2), (2, 3, 1), (2, 2, 4)])
+def test_every_document_is_read_once_an_epoch_also_when_the_number_of_ranks_changes(tokenizer, shards, monkeypatch, worlds):
     groups = [texts(30, seed) for seed in range(7)]
     folder = shards(groups[:4], groups[4:], [texts(5, 9)])
 
-    def loaders(count, state=None):
-        return [PackedLoader(tokenizer, 2, 40, data_dir=folder, buffer_size=20, rank=rank, world_size=count, state=state)
+    def loaders(count, states):
+        return [PackedLoader(tokenizer, 2, 40, data_dir=folder, buffer_size=15, rank=rank, world_size=count, state=states)
                 for rank in range(count)]
 
-    old = loaders(before)
-    first = [taken(loader, 6 // before) for loader in old]
-    new = loaders(after, [json.loads(json.dumps(loader.state())) for loader in old])
-    second = [taken(loader, 4 // after) for loader in new]  # and stop within the epoch
-    for loader in new:
-        loader.buffer.take = BestFit.take.__get__(loader.buffer)
-    states = [json.loads(json.dumps(loader.state())) for loader in new]
-    third = []
-    for loader in loaders(after, states):
-        while loader.position[0] == 0:
-            third += taken(loader, 1)
+    used, states = [], None
+    for count in worlds[:-1]:
+        mine = loaders(count, states)
+        for loader in mine:
+            used += taken(loader, 4)
             loader.buffer.take = BestFit.take.__get__(loader.buffer)
-        third += [(str(d.unit.path), d.unit.group, d.unit.rows.start, d.index) for d in loader.buffer.documents.values()]
-    counts = Counter(sum(first, []) + sum(second, []) + third)
-    assert len(counts) == 210 and max(counts.values()) <= 2  # 2: the next epoch has begun
-    assert sum(1 for count in counts.values() if count == 1) > 0
+            assert loader.position[0] == 0
+            loader.thread.shutdown(cancel_futures=True)  # reads no further ahead
+        states = [json.loads(json.dumps(loader.state())) for loader in mine]
+
+    real, rest = PackedLoader._document, []  # what the last ones tokenize: again what waited, and what was left of the epoch
+
+    def note(unit, index, tokens, position):
+        if position[0] == 0:
+            rest.append((str(unit.path), unit.group, unit.rows.start, index))
+        return real(unit, index, tokens, position)
+
+    monkeypatch.setattr(PackedLoader, "_document", staticmethod(note))
+    for loader in loaders(worlds[-1], states):
+        while loader.position[0] == 0:
+            next(loader)
+        loader.close()
+    everything = {(str(unit.path), unit.group, None, index) for unit in row_groups(folder) for index in range(30)}
+    assert len(used) + len(rest) == len(everything) == 210 and set(used) | set(rest) == everything
 
 
 def test_two_ranks_read_different_documents(tokenizer, shards):
@@ -157,9 +165,8 @@ def test_fewer_row_groups_than_ranks(tokenizer, shards):
     seen = [set(taken(PackedLoader(tokenizer, 2, 40, data_dir=folder, buffer_size=10, rank=rank, world_size=3), 2))
             for rank in range(3)]
     assert all(seen) and not seen[0] & seen[1] and not seen[1] & seen[2]
-    with pytest.raises(NanochatError, match="processes"):
+    with pytest.raises(NanochatError, match="2 documents in .* for 3 processes"):  # before any work
         PackedLoader(tokenizer, 2, 40, data_dir=shards([["a", "b"]], [["c"]]), rank=0, world_size=3)
-        next(PackedLoader(tokenizer, 2, 40, data_dir=shards([["a", "b"]], [["c"]]), rank=0, world_size=3))
 
 
 def test_bad_data_is_named(tokenizer, shards, tmp_path):
@@ -173,29 +180,32 @@ def test_bad_data_is_named(tokenizer, shards, tmp_path):
         PackedLoader(tokenizer, 2, 40, data_dir=shards([["a"]], [["c"]]), state=state.state())
 
 
-def test_best_fit_finds_faster_than_a_list():
-    rng = random.Random(0)
-    documents = [bytes(rng.randrange(1, 2000)) for _ in range(3000)]
+def test_best_fit_looks_at_few_documents():
+    """The search is not linear: of 1,000 documents in the buffer a handful are asked for their length."""
+    asked = []
 
-    def rows(take, add, count=150):
-        stream, started = iter(documents * 9), time.perf_counter()
-        for _ in range(1000):
-            add(next(stream))
-        for _ in range(count):
-            room = 2049
-            while room > 0:
-                room -= len(take(room))
-                add(next(stream))
-        return time.perf_counter() - started
+    class Counted(bytes):
+        def __len__(self):
+            asked.append(0)
+            return super().__len__()
 
-    buffer, plain = BestFit(), []
+    rng, buffer = random.Random(0), BestFit()
+    for _ in range(1000):
+        buffer.add(Counted(rng.randrange(1, 2000)))
+    asked.clear()
+    for _ in range(100):
+        buffer.take(rng.randrange(1, 2049))
+        buffer.add(Counted(rng.randrange(1, 2000)))
+    assert len(asked) <= 300
 
-    def linear(room):
-        best = max((i for i, d in enumerate(plain) if len(d) <= room), key=lambda i: len(plain[i]), default=None)
-        return plain.pop(min(range(len(plain)), key=lambda i: len(plain[i])) if best is None else best)
 
-    slow, fast = rows(linear, plain.append), rows(buffer.take, buffer.add)
-    assert slow > 5 * fast, f"{slow / fast:.1f} times"
+def test_it_is_tokenized_ahead(tokenizer, shards):
+    """While the caller computes, the next documents are read and tokenized."""
+    loader = PackedLoader(tokenizer, 1, 40, data_dir=shards([texts(2000, 1)], [["c"]]), buffer_size=10)
+    next(loader)
+    jobs = list(loader.ahead)
+    assert len(jobs) == 4 and all(len(job.result(60)) > 0 for job in jobs)
+    loader.close()
 
 
 def test_best_fit_without_cropping():
