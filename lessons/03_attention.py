@@ -990,8 +990,8 @@ def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
     strides = {f"{x}_{axis}": "i32:16" for x in ("q", "k", "v", "pk", "pv") for axis in ("batch", "token", "head")}
     prompts = ("prompt_k", "prompt_v", "prompt_lengths", "owners")
-    for kind, D, queries, shared in (("bf16", 64, 1, False), ("bf16", 128, 1, False), ("bf16", 128, 64, True),
-                                     ("bf16", 256, 64, True), ("fp32", 128, 16, True)):
+    for kind, D, queries, shared in (("bf16", 128, 1, False), ("bf16", 128, 64, True), ("bf16", 256, 64, True),
+                                     ("fp32", 128, 16, True)):
         sizes = decoding_settings(D, torch.float32 if kind == "fp32" else torch.bfloat16, queries)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         types = {**dict.fromkeys(("q", "k", "v", "prompt_k", "prompt_v"), f"*{kind}"), "part": "*fp32",
@@ -1200,7 +1200,7 @@ def plain_loss_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, gra
     """What kernels.loss_head.softcap_loss_ does, in PyTorch."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     rows = max(1, min(len(logits), CACHED // logits.size(1) if logits.device.type == "cpu" else len(logits)))
-    room = torch.empty(rows, logits.size(1), dtype=wide, device=logits.device)  # used again: fresh memory costs its zeroing
+    room = torch.empty(rows, logits.size(1), dtype=wide, device=logits.device)  # fresh memory is slow: use it again
     for first in range(0, len(logits), rows):
         part = slice(first, min(first + rows, len(logits)))
         target, counts = targets[part].clamp(min=0).unsqueeze(1), (targets[part] >= 0).to(wide).unsqueeze(1)
@@ -1401,11 +1401,13 @@ if triton_here and not torch.cuda.is_available():  # the kernel, interpreted
     python -m nanochat_lib.kernels.compile_check                       # every kernel of nanochat_lib/kernels
     python -m nanochat_lib.kernels.compile_check --modules flash_attention --chips 90 --json build/kernels.json
 
-Fails if a kernel spills registers to memory or wants more shared memory than the chip has.
+Fails if a kernel spills registers to memory, wants more shared memory than the chip has, or has products serialized.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import multiprocessing
 import os
 import re
@@ -1422,11 +1424,12 @@ CHIPS = {80: 163, 90: 227, 100: 227}  # compute capability × 10 → KiB of shar
 
 def modules() -> list[str]:
     """Modules beside this one that say what they launch, by a function compile_cases(capability)."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if "\ndef compile_cases(" in path.read_text())
+    here = Path(__file__).parent
+    return sorted(path.stem for path in here.glob("[a-z]*.py") if "\ndef compile_cases(" in path.read_text())
 
 
 def build(kernel, types: dict, constants: dict, options: dict, capability: int):
-    """Compile a kernel as it is launched: an argument without a type is "i32", "i32:16" is divisible by 16, pointers are."""
+    """Compile a kernel as it is launched. Arguments without a type are "i32"; "i32:16" and pointers are divisible by 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -1435,8 +1438,9 @@ def build(kernel, types: dict, constants: dict, options: dict, capability: int):
     if unknown := {*types, *constants} - set(kernel.arg_names):
         raise ValueError(f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}")
     kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds.values()) if kind[0] == "*" or ":16" in kind}
-    source = ASTSource(kernel, {name: kind.removesuffix(":16") for name, kind in kinds.items()}, constants, aligned)
+    aligned = [n for n, kind in enumerate(kinds.values()) if kind[0] == "*" or kind.endswith(":16")]
+    source = ASTSource(kernel, {name: kind.removesuffix(":16") for name, kind in kinds.items()}, constants,
+                       {(n,): [["tt.divisibility", 16]] for n in aligned})
     return compile(source, GPUTarget("cuda", capability, 32), options)
 
 
@@ -1456,11 +1460,13 @@ def report(module: str, index: int, capability: int) -> dict:
     """One row of the table: case `index` of a module, compiled for a chip."""
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it always was; without it Triton 3.9 warns
+    os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}  # what the assembler says, is printed
     cases = importlib.import_module(f"nanochat_lib.kernels.{module}").compile_cases(capability)
     label, kernel, types, constants, options = list(cases)[index]
     row = {"module": module, "case": label, "sm": capability, "fault": ""}
     try:
-        compiled = build(kernel, types, constants, options, capability)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = build(kernel, types, constants, options, capability)
     except Exception as error:  # the compiler's own words are the finding
         return row | {"fault": f"does not compile: {(str(error).splitlines() or [repr(error)])[0]}"}
     row |= resources(compiled.asm["cubin"]) | {"shared_kib": round(compiled.metadata.shared / 1024, 1),
@@ -1468,7 +1474,10 @@ def report(module: str, index: int, capability: int) -> dict:
     if row["spilled_bytes"]:
         row["fault"] = f"spills {row['spilled_bytes']} bytes a thread: give it more warps or smaller tiles"
     elif row["shared_kib"] > CHIPS[capability]:
-        row["fault"] = f"more shared memory than the {CHIPS[capability]} KiB of sm_{capability}: fewer stages or smaller tiles"
+        row["fault"] = (f"more shared memory than the {CHIPS[capability]} KiB of sm_{capability}: "
+                        "give it fewer stages or smaller tiles")
+    elif "instructions are serialized" in log.getvalue():
+        row["fault"] = "its asynchronous products wait for each other: the assembler found no registers to keep them apart"
     return row
 
 
@@ -1485,11 +1494,11 @@ def check(names: list[str], chips: list[int], jobs: int | None = None, only: str
 
 def table(rows: list[dict]) -> str:
     """The rows as text, faults behind them."""
-    lines = [f"{'kernel':34} {'chip':>6} {'registers':>9} {'spilled':>8} {'shared KiB':>11} {'of':>4} {'warps':>6}"]
+    lines = [f"{'kernel':48} {'chip':>6} {'registers':>9} {'spilled':>8} {'shared KiB':>11} {'of':>4} {'warps':>6}"]
     for row in rows:
-        lines.append(f"{row['module'] + ': ' + row['case']:34} {'sm_' + str(row['sm']):>6} {row.get('registers', '-'):>9} "
-                     f"{row.get('spilled_bytes', '-'):>8} {row.get('shared_kib', '-'):>11} {CHIPS[row['sm']]:>4} "
-                     f"{row.get('warps', '-'):>6}  {row['fault']}".rstrip())
+        registers, spilled, shared = (row.get(name, "-") for name in ("registers", "spilled_bytes", "shared_kib"))
+        lines.append(f"{row['module'] + ': ' + row['case']:48} {'sm_' + str(row['sm']):>6} {registers:>9} {spilled:>8} "
+                     f"{shared:>11} {CHIPS[row['sm']]:>4} {row.get('warps', '-'):>6}  {row['fault']}".rstrip())
     return "\n".join(lines)
 
 
@@ -1756,6 +1765,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | N
     if way in ("flex", "triton"):
         try:
             return flex(q, k, v, window) if way == "flex" else triton_attention(q, k, v, window)
+        except ValueError as error:  # heads or numbers that the kernel does not take
+            notice(f"{way} not used: {error}")
         except Exception as error:  # no compiler, a driver too old…: the run goes on
             give_up(way, error)
     if window is None or window >= q.size(1) - 1:

@@ -31,12 +31,13 @@ def plain_loss_(logits: Tensor, targets: Tensor, losses: Tensor, cap: float, gra
                 factors: Tensor | None = None) -> None:
     """What kernels.loss_head.softcap_loss_ does, in PyTorch."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    rows = max(1, CACHED // logits.size(1)) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = max(1, min(len(logits), CACHED // logits.size(1) if logits.device.type == "cpu" else len(logits)))
+    room = torch.empty(rows, logits.size(1), dtype=wide, device=logits.device)  # fresh memory is slow: use it again
     for first in range(0, len(logits), rows):
-        part = slice(first, first + rows)
+        part = slice(first, min(first + rows, len(logits)))
         target, counts = targets[part].clamp(min=0).unsqueeze(1), (targets[part] >= 0).to(wide).unsqueeze(1)
         bent = logits[part].to(wide).div_(cap).tanh_()  # in place, if logits are wide
-        chances = (cap * bent).exp_()  # at most e^cap: no maximum is sought first
+        chances = torch.mul(bent, cap, out=room[:len(bent)]).exp_()  # at most e^cap: no maximum is sought first
         total = chances.sum(1, keepdim=True)
         losses[part] = ((total.log() - cap * bent.gather(1, target)) * counts).squeeze(1)
         if gradient:  # d loss / d logits = (chances − [is target]) · (1 − tanh²)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import *  # noqa: F403
+from loss_cases import *  # noqa: F401, F403
 from loss_cases import make
 
 from nanochat_lib import loss as module
@@ -44,7 +44,7 @@ def test_gradients_by_finite_differences(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_tensor_of_all_logits(monkeypatch, reduction):
     """Neither kept for backward nor made on the way: the largest is a chunk."""
-    monkeypatch.setattr(module, "CHUNK", {"cpu": 128 * 4096})
+    monkeypatch.setattr(module, "CHUNK", {"cpu": 128 * 4096, "cuda": 1})
     x, weight, targets = make(512, 4096, 32)
     sizes = []
 
@@ -54,7 +54,8 @@ def test_no_tensor_of_all_logits(monkeypatch, reduction):
             sizes.extend(t.numel() for t in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(t))
             return result
 
-    with Watch():
+    with Watch():  # inside the operators, and what goes in and out of them
+        module.in_chunks(x, weight, targets, 4096, 15.0, True)
         head_loss(x.requires_grad_(), weight.requires_grad_(), targets, reduction=reduction).sum().backward()
     assert 128 * 4096 in sizes and max(sizes) == 128 * 4096
 

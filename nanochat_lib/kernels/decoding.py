@@ -190,8 +190,8 @@ def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
     strides = {f"{x}_{axis}": "i32:16" for x in ("q", "k", "v", "pk", "pv") for axis in ("batch", "token", "head")}
     prompts = ("prompt_k", "prompt_v", "prompt_lengths", "owners")
-    for kind, D, queries, shared in (("bf16", 64, 1, False), ("bf16", 128, 1, False), ("bf16", 128, 64, True),
-                                     ("bf16", 256, 64, True), ("fp32", 128, 16, True)):
+    for kind, D, queries, shared in (("bf16", 128, 1, False), ("bf16", 128, 64, True), ("bf16", 256, 64, True),
+                                     ("fp32", 128, 16, True)):
         sizes = decoding_settings(D, torch.float32 if kind == "fp32" else torch.bfloat16, queries)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         types = {**dict.fromkeys(("q", "k", "v", "prompt_k", "prompt_v"), f"*{kind}"), "part": "*fp32",
