@@ -2,7 +2,10 @@
 
 import functools
 import io
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import QUIET, ROOT
 
 from nanochat_lib.common import NanochatError
 from nanochat_lib.dataset import LAST_SHARD, REPOSITORY, deal, read_texts, row_groups, shard_paths, text_batches
@@ -139,13 +143,16 @@ def test_reads_the_real_format(shared_data):
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves shards as the hub does. `faults[name]` is used up one a request: 503, "break", "torn" or 404."""
+    """Serves shards as the hub does. `faults[name]` is used up one a request: 503, "break", "torn", "stall" or 404.
+
+    "head" is a 503 to the question for a file's size. A stalled answer stops half-way and sets `stalled`.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubRequest)
-        self.faults, self.ranges, self.asked = {}, [], []
+        self.faults, self.ranges, self.asked, self.stalled = {}, [], [], threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -181,19 +188,25 @@ class HubRequest(BaseHTTPRequestHandler):
         if not name:
             return self.reply(200 if self.path == "/" else 404, b"")
         faults = self.server.faults.get(name, [])
-        fault = faults.pop(0) if body and faults else (faults[0] if faults and faults[0] == 404 else None)
+        if faults and (faults[0] == "head") != body:
+            fault = faults.pop(0)
+        else:
+            fault = 404 if faults and faults[0] == 404 else None
         data = shard_bytes(name)
         if body:
             self.server.asked.append(name)
-        if fault in (503, 404):
-            return self.reply(fault, b"")
+        if fault in (503, 404, "head"):
+            return self.reply(404 if fault == 404 else 503, b"")
         if fault == "torn":  # the length and the tag fit what is served: only the footer tells
             data = data[:-100] + b"\0" * 100
         first = 0
         if given := self.headers.get("Range"):
             first = int(re.match(r"bytes=(\d+)-", given)[1])
             self.server.ranges.append(first)
-        self.reply(206 if first else 200, data[first:], body, broken=fault == "break", total=len(data), first=first)
+        self.reply(206 if first else 200, data[first:], body, broken=fault in ("break", "stall"), total=len(data), first=first)
+        if fault == "stall":
+            self.server.stalled.set()
+            time.sleep(60)
 
     def reply(self, status, data, body=True, broken=False, total=0, first=0):
         self.send_response(status)
@@ -232,7 +245,7 @@ def finished(base_dir):
 
 
 def test_download_survives_a_bad_hub(fetch, hub, base_dir):
-    hub.faults = {"shard_00000": [503], "shard_00001": ["break"], "shard_00002": ["torn"]}
+    hub.faults = {"shard_00000": ["head", 503], "shard_00001": ["break"], "shard_00002": ["torn"]}
     result = fetch("-n", 3, "-w", 4)
     assert result.returncode == 0, result.stderr
     assert finished(base_dir) == ["shard_00000", "shard_00001", "shard_00002", f"shard_{LAST_SHARD:05d}"]
@@ -242,6 +255,21 @@ def test_download_survives_a_bad_hub(fetch, hub, base_dir):
     hub.asked.clear()
     again = fetch("-n", 3)
     assert again.returncode == 0 and "all 4 shards are in" in again.stdout and not hub.asked
+
+
+def test_killed_in_the_middle_it_leaves_no_half_file_and_goes_on(hub, base_dir):
+    hub.faults = {"shard_00001": ["stall"]}
+    env = {**os.environ, **QUIET, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "nanochat_lib.dataset", "-n", "2", "-w", "4"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
+        assert hub.stalled.wait(90)
+        time.sleep(0.3)
+        process.kill()
+    assert "shard_00001" not in finished(base_dir)
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    for name in ("shard_00000", "shard_00001", f"shard_{LAST_SHARD:05d}"):
+        assert (base_dir / "base_data_climbmix" / f"{name}.parquet").read_bytes() == shard_bytes(name)
 
 
 def test_torn_file_never_takes_its_name(fetch, hub, base_dir):
