@@ -660,6 +660,83 @@ _ = ax.set(xlabel="depth (layers)", ylabel="parameters (millions)", xticks=(4, 8
 _ = ax.legend(fontsize=8)
 
 # %% [markdown]
+# ## Where the time and the bytes of a step go
+#
+# Time follows from arithmetic where matrices are multiplied, and from bytes everywhere else. In a small model with a
+# large vocabulary the last matrix is most of the arithmetic; the deeper the model, the more the blocks are. Bytes are
+# what autograd keeps for the way back. Below: for 2,048 tokens, written plainly and as this library has it.
+# A norm keeps its result, which the next matrix keeps anyway, and not its input too. Attention with a window keeps
+# weights for the window only. And the loss, which plainly keeps its logits several times over in float32, keeps the
+# gradients of its inputs.
+
+# %%
+def kept_bytes(function, *inputs):
+    """Bytes that autograd keeps for the way back through function(*inputs), without those of weights."""
+    kept = {}
+
+    def pack(tensor):
+        if not tensor.is_leaf:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function(*inputs)
+    del result
+    return sum(kept.values())
+
+
+def plain_norm_and_matrix(x, weight):
+    x = x * 1  # what came before
+    return (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()) @ weight.T
+
+
+def plain_head(x, weight, targets):
+    return F.cross_entropy(15 * torch.tanh(F.linear(x, weight).float() / 15), targets)
+
+
+def plain_attention(q):
+    weights = (q @ q.mT).masked_fill(~visible(torch.arange(512), torch.arange(512), 128), -math.inf).softmax(-1)
+    return weights @ q
+
+
+x = torch.randn(2048, 256, requires_grad=True)
+q = torch.randn(4, 2, 512, 128, requires_grad=True)
+weight, targets = torch.randn(32768, 256, requires_grad=True), torch.randint(0, 32768, (2048,))
+rows = {"norm and a matrix": (plain_norm_and_matrix, lambda x, matrix: norm(x * 1) @ matrix.T, [x, torch.eye(256)]),
+        "attention": (plain_attention, lambda q: attention(*[q.transpose(1, 2)] * 3, 128), [q]),
+        "softcap and loss": (plain_head, head_loss, [x, weight, targets])}
+megabytes = {name: [kept_bytes(function, *inputs) / 1e6 for function in pair] for name, (*pair, inputs) in rows.items()}
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+for place, (depth, vocabulary) in enumerate(((4, 1024), (4, 32768), (12, 32768), (24, 32768))):
+    width, context = 64 * depth, 2048 if depth > 4 else 512
+    windows = window_sizes(GPTConfig(context, vocabulary, depth, depth // 2, depth // 2, width))
+    parts = {"attention's matrices": 6 * depth * 4 * width**2, "MLP": 6 * depth * 8 * width**2,
+             "scores and sums": 12 * width * sum(min(window, context) for window in windows),
+             "last matrix": 6 * width * vocabulary}
+    bottom = 0
+    for number, (name, flops) in enumerate(parts.items()):
+        share = flops / sum(parts.values())
+        _ = left.barh(place, share, left=bottom, color=f"C{number}", label=name if place == 0 else None)
+        bottom += share
+_ = left.set(yticks=range(4), yticklabels=("depth 4, 1,024 tokens", "depth 4, 32,768", "depth 12, 32,768",
+                                           "depth 24, 32,768"), xlabel="share of a step's arithmetic", xlim=(0, 1))
+left.invert_yaxis()
+_ = left.legend(fontsize=7, ncols=2, loc="lower right")
+for number, label in enumerate(("plain", "ours")):
+    _ = right.bar([place + 0.4 * number for place in range(len(megabytes))],
+                  [pair[number] for pair in megabytes.values()], 0.4, label=label)
+_ = right.set(xticks=[place + 0.2 for place in range(len(megabytes))], xticklabels=list(megabytes), yscale="log",
+              ylabel="kept for the way back (MB)")
+_ = right.legend()
+for name, (plain, ours) in megabytes.items():
+    print(f"{name:18} plain {plain:6.1f} MB, ours {ours:5.1f} MB")
+
+# %% [markdown]
+# What is left is arithmetic: matrix products, forward once and backward twice. Those get cheaper only with fewer bits a
+# number: 16 where the processor multiplies them faster, on GPUs since 2020 and some CPUs since 2022, and 8.
+
+# %% [markdown]
 # ## Reading on
 #
 # To write, the model reads all there is, picks the next token, and reads again. Lesson 08 replaces this by a cache;
@@ -701,12 +778,12 @@ except NanochatError as error:
 # Hopper's matrix units multiply 8-bit floats twice as fast as 16-bit ones. Two formats share the eight bits
 # differently: **e4m3** has three bits of fraction and ends at 448, **e5m2** has two and ends at 57,344. Activations
 # and weights need the digits, gradients need the range. So that nothing overflows and little sinks below the smallest
-# step, each tensor is first divided by a scale of its own, its largest entry over the format's (*tensorwise*; Micikevicius
-# et al., arXiv 2209.05433), and the product is multiplied by both scales.
+# step, each tensor is first divided by a scale of its own, its largest entry over the format's (*tensorwise*;
+# Micikevicius et al., arXiv 2209.05433), and the product is multiplied by both scales.
 
 # %%
 #| export fp8
-"""Matrix products in 8-bit floats, forward and backward, one scale a tensor (arXiv 2209.05433): for Hopper and later."""
+"""Matrix products in 8-bit floats, forward and backward, one scale a tensor (arXiv 2209.05433)."""
 
 # %%
 #| export fp8
@@ -771,8 +848,8 @@ def convert_to_fp8(model: nn.Module) -> list[str]:
     fit = {name: module for name, module in model.transformer.h.named_modules() if type(module) is Linear and
            all(size >= SMALLEST and size % MULTIPLE == 0 for size in module.weight.shape)}
     if not fit:
-        raise NanochatError(f"no matrix of this model suits FP8: each side must be at least {SMALLEST} and a multiple of "
-                            f"{MULTIPLE}; leave --fp8 away")
+        raise NanochatError(f"no matrix of this model suits FP8: each side must be at least {SMALLEST} and a multiple "
+                            f"of {MULTIPLE}; leave --fp8 away")
     for module in fit.values():
         module.__class__ = Fp8Linear
     return [f"transformer.h.{name}" for name in fit]
@@ -783,7 +860,7 @@ def lacks_fp8(device: torch.device) -> str:
     if device.type != "cuda":
         return f"it needs a CUDA device, and this is {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if (major, minor) >= (8, 9) else f"it needs compute capability 8.9 or later, and this GPU has {major}.{minor}"
+    return "" if (major, minor) >= (8, 9) else f"it needs compute capability 8.9, and this GPU has {major}.{minor}"
 
 # %% [markdown]
 # PyTorch multiplies 8-bit floats on a CPU too, slowly. So the error can be measured anywhere: a few percent in each
@@ -799,7 +876,8 @@ for name, dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
     x = 10 ** torch.linspace(-9, 2, 400)
     scaled, scale = to_fp8(x, dtype)
     _ = right.loglog(x, ((scaled.float() * scale - x).abs() / x).clamp(min=1e-4), ".", markersize=3, label=name)
-_ = left.set(xlabel="number", ylabel="gap to the next, relative", title="what the formats hold", xscale="log", yscale="log")
+_ = left.set(xlabel="number", ylabel="gap to the next, relative", title="what the formats hold", xscale="log",
+             yscale="log")
 _ = right.set(xlabel="entry of a tensor whose largest is 100", ylabel="relative error", title="after scaling")
 _ = left.legend()
 _ = right.legend()

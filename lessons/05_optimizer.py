@@ -29,8 +29,6 @@
 
 # %%
 #| export
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -103,44 +101,52 @@ def adamw_step(weights: list[torch.Tensor], gradients: list[torch.Tensor], first
 
 # %% [markdown]
 # Ten passes over the tensors, and a vocabulary's tables are most of a small model: the step waits for memory ten times.
-# A GPU's compiler makes one pass of the formula. On a CPU we take pieces that stay in the cache from the first pass to
-# the last: each number travels once, and comes out the same to the last bit.
+# So large tensors get one pass: on a GPU a compiler makes it of the formula; on a CPU PyTorch has it built in for
+# float32, and weights in bfloat16 are widened piece by piece, each piece small enough to stay in the cache.
 
 # %%
 #| export
-PIECE = 2**15  # elements for each thread: six float32 tensors of them take 768 KiB, within an L2 cache
-
-
-def pieces(*lists: list[torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], ...]]:
-    """Lists of contiguous tensors of the same shapes → the same lists as pieces, views that a CPU's cache holds."""
-    for tensors in zip(*lists):
-        parts = (tensor.view(-1).split(PIECE * torch.get_num_threads()) for tensor in tensors)
-        yield from (tuple([part] for part in piece) for piece in zip(*parts))
+LARGE = 2**20  # elements of a tensor that no cache holds
+PIECE = 2**15  # elements for each thread: five float32 tensors of them fit an L2 cache
 
 
 def adamw_formula(w: torch.Tensor, g: torch.Tensor, first: torch.Tensor, second: torch.Tensor, numbers: torch.Tensor,
                   beta1: float, beta2: float, eps: float) -> None:
-    """`adamw_step` of one tensor, for a compiler; numbers: what changes from step to step, or it would compile again."""
+    """`adamw_step` of one tensor, for a compiler; numbers: what changes from step to step, else it compiles again."""
     kept, rate, correction = numbers.unbind()
+    g = g.float()
     first.lerp_(g, 1 - beta1)
     second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     w.copy_(w * kept - rate * first / ((second * correction).sqrt() + eps))
 
 
+def adamw_pieces(tensors: list[torch.Tensor], step: int, lr: float, betas: tuple[float, float], eps: float,
+                 weight_decay: float) -> None:
+    """`adamw_step` of one large tensor on a CPU; tensors: weights, gradient, first and second moment."""
+    settings = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=False,
+                    maximize=False)
+    count = torch.tensor(float(step))
+    for w, g, m, v in zip(*(tensor.view(-1).split(PIECE * torch.get_num_threads()) for tensor in tensors)):
+        wide = w.float()  # w itself if it is float32
+        torch._fused_adamw_([wide], [g.float()], [m], [v], [], [count], **settings)
+        if wide is not w:
+            w.copy_(wide)
+
+
 def fast_adamw(weights: list[torch.Tensor], gradients: list[torch.Tensor], first: list[torch.Tensor],
                second: list[torch.Tensor], step: int, lr: float, betas: tuple[float, float], eps: float,
                weight_decay: float) -> None:
-    """`adamw_step` in one pass over memory: large tensors compiled on a GPU, in pieces on a CPU."""
-    if not weights[0].is_cuda:
-        for parts in pieces(weights, gradients, first, second):
-            adamw_step(*parts, step, lr, betas, eps, weight_decay)
-    elif weights[0].numel() < 2**16:
-        adamw_step(weights, gradients, first, second, step, lr, betas, eps, weight_decay)
-    else:
-        numbers = (1 - lr * weight_decay, lr / (1 - betas[0]**step), 1 / (1 - betas[1]**step))
-        numbers = torch.tensor(numbers, device=weights[0].device)
-        for tensors in zip(weights, gradients, first, second):
-            on_gpu_compiled(adamw_formula, *tensors, numbers, *betas, eps)
+    """`adamw_step`, in one pass over memory where tensors are large; gradients of any dtype."""
+    device, settings = weights[0].device, (step, lr, betas, eps, weight_decay)
+    if weights[0].numel() < LARGE or device.type not in ("cpu", "cuda"):
+        return adamw_step(weights, [gradient.float() for gradient in gradients], first, second, *settings)
+    numbers = (1 - lr * weight_decay, lr / (1 - betas[0]**step), 1 / (1 - betas[1]**step))
+    numbers = torch.tensor(numbers, device=device)
+    for w, g, m, v in zip(weights, gradients, first, second):
+        if device.type == "cuda":
+            on_gpu_compiled(adamw_formula, w, g, m, v, numbers, *betas, eps)
+        else:
+            adamw_pieces([w, g.contiguous(), m, v], *settings)
 
 # %%
 first, second = torch.zeros(2), torch.zeros(2)
@@ -452,13 +458,12 @@ class Shard:
             self.work = dist.all_reduce(self.received, async_op=True)
 
     def gradient(self) -> torch.Tensor:
-        """Phase 2: the mean gradient of this rank's rows, float32."""
+        """Phase 2: the mean gradient of this rank's rows; on several ranks float32."""
         if self.work:
             self.work.wait()
         mine = self.received[: self.stop - self.start] if self.split else self.received
         self.work = self.sent = self.received = None
-        mine = mine.float().contiguous()
-        return mine / self.world_size if self.world_size > 1 else mine
+        return mine.float() / self.world_size if self.world_size > 1 else mine
 
     def weights(self) -> torch.Tensor:
         """This rank's rows of the weights: a view of the parameter, or a new stack."""
@@ -612,7 +617,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 fast_adamw(weights, gradients, state["first"], state["second"], state["step"],
                            group["lr"], group["betas"], group["eps"], group["weight_decay"])
             elif len(weights[0]):
-                muon_step(weights[0], gradients[0], state["first"][0], state["second"][0],
+                muon_step(weights[0], gradients[0].float(), state["first"][0], state["second"][0],
                           group["lr"], group["momentum"], group["beta2"], group["weight_decay"])
             for shard, mine in zip(shards, weights):
                 shard.gather(mine)

@@ -419,6 +419,27 @@ def crop(row: Row, limit: int | None) -> Row:
     return row if over <= 0 else Row(row.ids[over:], max(row.start - over, 1), limit)
 
 # %% [markdown]
+# One real item of each form, from COPA, Winograd and LAMBADA (its story shortened). In brackets is what is scored. Look
+# at the schema: "feared violence" is the same text in both rows; what differs is what it is expected *from*.
+
+# %%
+real_items = [
+    ("multiple_choice", {"query": "The man turned on the faucet, therefore", "gold": 1,
+                         "choices": ["the toilet filled with water.", "water flowed from the spout."]}),
+    ("schema", {"context_options": [f"The city councilmen refused the demonstrators a permit because the {who}"
+                                    for who in ("city councilmen", "demonstrators")],
+                "continuation": "feared violence.", "gold": 0}),
+    ("language_modeling", {"context": "Irina gave Bob the address and he entered it into the GPS navigator. He barely "
+                                      "made it to Palo Alto in time to check in, wash up and head out to pick up",
+                           "continuation": "Irina"}),
+]
+for kind, item in real_items:
+    task = CoreTask("", kind, Path(), 0, " ", 0.0)
+    print(f"{kind}:")
+    for row in rows_of(kind, tokenizer.encode(prompts_of(task, item, []), prepend="<|bos|>")):
+        print(f"   {tokenizer.decode(row.ids[1:row.start])}[{tokenizer.decode(row.ids[row.start:row.end])}]")
+
+# %% [markdown]
 # ## In batches
 #
 # Rows of many questions go through the model together, sorted by length so that little is padding. The model is causal:
@@ -445,7 +466,7 @@ def padded(lists: list[list[int]], width: int, fill: int, device: Any) -> Tensor
 
 
 def score_batch(model: Any, rows: list[Row], skip: int | list[int], device: Any, kv_cache: Any = None) -> list:
-    """(mean loss of the scored tokens, whether each was the first guess) of rows whose first `skip` tokens are cached."""
+    """(mean loss of the scored tokens, was each the first guess?) of rows whose first `skip` tokens are cached."""
     skips = [skip] * len(rows) if isinstance(skip, int) else skip
     width = max(len(row.ids) - 1 - first for row, first in zip(rows, skips))
     inputs = padded([row.ids[first:-1] for row, first in zip(rows, skips)], width, 0, device)
@@ -492,11 +513,11 @@ def score_questions(model: Any, questions: list[list[Row]], device: Any, budget:
     for index in short:
         scores[index] = [next(flat) for _ in questions[index]]
     long = [index for index, length in enumerate(shared) if length >= WORTH_SHARING]
-    for batch in length_batches([shared[index] * len(questions[index]) for index in long], budget):
-        batch = [long[place] for place in batch]
-        found = iter(score_shared(model, [questions[index] for index in batch], [shared[index] for index in batch], device))
-        for index in batch:
-            scores[index] = [next(found) for _ in questions[index]]
+    for places in length_batches([shared[index] * len(questions[index]) for index in long], budget):
+        batch = [long[place] for place in places]
+        found = score_shared(model, [questions[index] for index in batch], [shared[index] for index in batch], device)
+        for index, score in zip((index for index in batch for _ in questions[index]), found):
+            scores[index] = [*(scores[index] or []), score]
     return scores
 
 
@@ -509,10 +530,10 @@ def score_shared(model: Any, questions: list[list[Row]], shared: list[int], devi
     once = KVCache(model.config, len(questions), max(shared))
     once.resize([0] * len(questions), device)
     once.counts = torch.tensor(shared, device=device)
-    model.hidden(padded([question[0].ids[:length] for question, length in zip(questions, shared)], max(shared), 0, device),
-                 once)
-    each = KVCache(model.config, len(rows), max(shared) + max(len(row.ids) - shared[owner]
-                                                              for row, owner in zip(rows, owners)))
+    prefixes = [question[0].ids[:length] for question, length in zip(questions, shared)]
+    model.hidden(padded(prefixes, max(shared), 0, device), once)
+    longest = max(len(row.ids) - shared[owner] for row, owner in zip(rows, owners))
+    each = KVCache(model.config, len(rows), max(shared) + longest)
     each.append_rows(once, owners, 0)
     each.lengths = once.lengths[torch.tensor(owners, device=device)]
     return score_batch(model, rows, [shared[owner] for owner in owners], device, each)

@@ -192,8 +192,10 @@ def bench_saving(settings: TrainBench) -> list[dict]:
 
     device, config, rows = sized(settings)
     model = build_model(config, device)
-    optimizer, ids = model.setup_optimizer(), torch.zeros(rows, config.sequence_len + 1, dtype=torch.long, device=device)
-    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), model, optimizer, Runtime(device), keep=1) as saver:
+    optimizer = model.setup_optimizer()
+    ids = torch.zeros(rows, config.sequence_len + 1, dtype=torch.long, device=device)
+    with (tempfile.TemporaryDirectory() as folder,
+          Saver(Path(folder), model, optimizer, Runtime(device), keep=1) as saver):
         for step in range(2 * settings.repeats):
             if step % 2 == 0:
                 saver.save(step, {})
@@ -202,7 +204,8 @@ def bench_saving(settings: TrainBench) -> list[dict]:
             optimizer.step()
             model.zero_grad(set_to_none=True)
         saver.wait()
-        print0(f"  saving    {saver.saving / settings.repeats:9.2f} s each, training stopped for {saver.stopped:.3f} s in all")
+        print0(f"  saving    {saver.saving / settings.repeats:9.2f} s each, training stopped for "
+               f"{saver.stopped / settings.repeats:.3f} s")
         return [row("saving: training stopped, of its time", saver.stopped / saver.saving, "≤ 0.05")]
 
 
@@ -254,7 +257,7 @@ def train_bench(settings: TrainBench) -> None:
         return print(json.dumps(result))
     parts = [part.strip() for part in settings.parts.split(",") if part.strip()]
     if not parts or set(parts) - set(PARTS):
-        raise NanochatError(f"--parts {settings.parts!r} is unknown: choose from {', '.join(PARTS)}, separated by commas")
+        raise NanochatError(f"--parts {settings.parts!r} is unknown: choose from {', '.join(PARTS)}, with commas between")
     device, config, rows = sized(settings)
     print0(f"{device.type}, {torch.get_num_threads()} threads; depth {config.n_layer}, width {config.n_embd}, context "
            f"{config.sequence_len}, batch {rows}, vocabulary {config.vocab_size}")
