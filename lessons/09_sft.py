@@ -540,51 +540,301 @@ def words_in(texts: Iterable[str], split: str) -> list[str]:
 # %% [markdown]
 # ## Code, run
 #
-# HumanEval asks for a Python function and judges it by running its tests. Running what a model wrote wants care: a
-# process of its own, little memory, little time, and no way to pass by leaving early.
+# HumanEval asks for a Python function and judges it by running its tests. What a model wrote is a stranger's program: it may fill the memory, never end,
+# or delete files, mostly by mistake. It runs in a process of its own, which first shuts every door it can and then becomes the program. On Linux
+# **namespaces** give it a disk on which there is nothing but the interpreter, no network, and process numbers of its own, so that all it starts ends with it.
+
+# %%
+#| export tasks/fence
+"""The inside of `execution.run`: builds fences around an untrusted program, then becomes it. Only the standard library.
+
+`execution` runs `main` in a process of its own. It asks the kernel for namespaces (own files, network and process numbers),
+drops root, sets limits, runs the program, and writes one line of JSON for each thing there is to know to STATUS.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+
+# %%
+#| export tasks/fence
+STATUS, TEXT, NOBODY = 4, 3, 65534
+CLONE = {"files": 0x00020000, "network": 0x40000000, "processes": 0x20000000, "others": 0x0C000000}  # others: ipc, names
+CLONE_NEWUSER, MS_REC_PRIVATE, MS_BIND_REC, MS_REMOUNT_BIND_RO, MNT_DETACH = 0x10000000, 0x44000, 0x5000, 0x1021, 2
+NOSUID_NODEV, PIVOT_ROOT = 0x6, {"x86_64": 155, "aarch64": 41}
+INSIDE = """
+def main(write):
+    import json, os, sys
+    with os.fdopen(3) as text:
+        program, proof = json.load(text)
+    sys.argv, leave = ["program.py"], os._exit
+    exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
+    write(4, proof.encode())
+    try:
+        sys.stdout.flush()
+    finally:
+        leave(0)
+import os
+main(os.write)
+"""
+PYTHON = os.path.realpath(sys.executable)
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name: str, *arguments) -> int:
+    """A C function; OSError if it fails."""
+    arguments = [os.fsencode(a) if isinstance(a, str) else a for a in arguments]
+    if (result := getattr(libc, name)(*arguments)) < 0:
+        raise OSError(ctypes.get_errno(), f"{name}{arguments}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def tell(**facts) -> None:
+    os.write(STATUS, (json.dumps(facts) + "\n").encode())
+
+# %%
+#| export tasks/fence
+def view() -> list[str]:
+    """What the program may see, read only: the interpreter, the libraries, four devices."""
+    paths = {"/usr", "/lib", "/lib64", "/bin", os.path.realpath(sys.base_prefix), os.path.dirname(os.path.dirname(PYTHON))}
+    paths |= {f"/dev/{name}" for name in ("null", "zero", "random", "urandom")}
+    paths = {path for path in paths if os.path.exists(path) and not os.path.islink(path)}
+    return sorted(path for path in paths if not any(path.startswith(f"{other}/") for other in paths))
+
+
+def leave_the_house() -> None:
+    """Namespaces of our own; OSError where the kernel does not allow them. Root needs no user namespace for the others."""
+    uid, gid = os.getuid(), os.getgid()
+    call("unshare", sum(CLONE.values()) | (CLONE_NEWUSER if uid else 0))
+    if uid:
+        for name, line in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+
+
+def drop_root() -> None:
+    """Root becomes a user whom nobody else is, so that the limit on processes counts ours alone."""
+    if os.getuid() == 0:
+        uid = NOBODY + int.from_bytes(os.urandom(3), "little")
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+
+# %% [markdown]
+# The private disk is built in memory: folders of the system are hung into it read only, and then it becomes the root. What is not hung in does not exist.
+
+# %%
+#| export tasks/fence
+def build_root(visible: list[str]) -> None:
+    """A root of our own in memory, with nothing in it but what is visible, and a folder /work of 16 MB."""
+    links = {path: os.readlink(path) for path in ("/lib", "/lib64", "/bin") if os.path.islink(path)}
+    call("mount", None, "/", None, MS_REC_PRIVATE, None)
+    call("mount", "none", "/tmp", "tmpfs", NOSUID_NODEV, b"size=1m,mode=755")
+    for path in visible:
+        place = "/tmp" + path
+        if os.path.isdir(path):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.close(os.open(place, os.O_CREAT))
+        call("mount", path, place, None, MS_BIND_REC, None)
+        kept = os.statvfs(place).f_flag & 0x40F  # flags such as nosuid must stay as they are
+        call("mount", None, place, None, MS_REMOUNT_BIND_RO | kept, None)
+    for path, target in links.items():
+        os.symlink(target, "/tmp" + path)
+    for folder in ("/tmp/work", "/tmp/old"):
+        os.mkdir(folder)
+    call("mount", "none", "/tmp/work", "tmpfs", NOSUID_NODEV, b"size=16m,nr_inodes=1000,mode=777")
+    call("syscall", PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/old")
+    os.chdir("/")
+    call("umount2", "/old", MNT_DETACH)
+    os.rmdir("/old")
+    call("mount", None, "/", None, MS_REMOUNT_BIND_RO | NOSUID_NODEV, None)
+    os.chdir("/work")
+
+# %% [markdown]
+# Limits on memory, time, file size and processes hold for whatever is run from here on. The interpreter starts anew, so that nothing of ours is left in its
+# memory, and the last thing it does is to hand in the proof that it reached the last line: `os._exit(0)` on the way does not pass.
+
+# %%
+#| export tasks/fence
+def become(program: str, proof: str, settings: dict) -> None:
+    """Set the limits and turn into an interpreter that runs the program. Does not return."""
+    limits = {"AS": settings["memory"] << 20, "CPU": settings["seconds"], "FSIZE": 1 << 20, "NOFILE": 64, "CORE": 0,
+              "NPROC": settings["processes"]}
+    text = os.memfd_create("program") if hasattr(os, "memfd_create") else os.open("program.json", os.O_RDWR | os.O_CREAT)
+    os.write(text, json.dumps([program, proof]).encode())
+    os.lseek(text, 0, os.SEEK_SET)
+    os.dup2(text, TEXT)
+    os.set_inheritable(TEXT, True)
+    for name, value in limits.items():
+        if hasattr(resource, f"RLIMIT_{name}"):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    if sys.platform == "linux":
+        call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no program gives more rights
+    os.set_inheritable(STATUS, True)
+    os.closerange(STATUS + 1, 256)
+    os.execve(PYTHON, [PYTHON, "-I", "-c", INSIDE], {})
+
+# %%
+#| export tasks/fence
+def end_children() -> None:
+    """Kill all that the program left behind: orphans are our children, and each killed one hands us its own."""
+    while True:
+        for name in os.listdir("/proc") if os.path.exists("/proc/self") else ():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+                if name.isdigit() and parent == os.getpid():
+                    os.kill(int(name), signal.SIGKILL)
+            except (OSError, ValueError):
+                pass
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        if os.getpid() == 1:  # the kernel does it when we go
+            return
+        time.sleep(0.001)
+
+
+def watch(program: str, proof: str, settings: dict) -> None:
+    """Run the program in a child and tell how it ended. If we are process 1, our end is the end of all it started."""
+    child = os.fork()
+    if child == 0:
+        try:
+            become(program, proof, settings)
+        except BaseException as error:
+            tell(broken=f"{type(error).__name__}: {error}")
+        os._exit(1)
+    while True:
+        pid, how = os.wait()
+        if pid == child:
+            break
+    end_children()
+    tell(**({"signal": os.WTERMSIG(how)} if os.WIFSIGNALED(how) else {"exit": os.WEXITSTATUS(how)}))
+    os._exit(0)
+
+
+def main() -> None:
+    os.dup2(int(sys.argv[-1]), STATUS)
+    program, proof, settings = json.load(sys.stdin)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if sys.platform != "linux":
+        tell(open=["files", "network", "processes"])
+        watch(program, proof, settings)
+    call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become our children, and can be found
+    try:
+        if not settings["namespaces"]:
+            raise OSError("not asked for")
+        leave_the_house()
+        init = os.fork()
+    except OSError as error:
+        tell(open=["files", "network", "processes"], why=str(error))
+        if settings["reachable"]:
+            drop_root()
+        settings["processes"] += settings["others"]
+        watch(program, proof, settings)
+    if init:
+        os.waitpid(init, 0)
+        os._exit(0)
+    call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: killed with our parent
+    try:
+        build_root(view())
+        tell(open=[])
+    except (OSError, KeyError) as error:
+        tell(open=["files"], why=str(error))
+        if not settings["reachable"]:
+            watch(program, proof, settings)
+    drop_root()
+    watch(program, proof, settings)
+
+# %% [markdown]
+# From outside: start it, wait, end it with all its children, and say what happened.
 
 # %%
 #| export tasks/execution
-"""Runs a small untrusted program in a process of its own, with limits."""
+"""Runs a small untrusted program in a process of its own, behind fences."""
 
-# %%
-#| export tasks/execution
+import contextlib
+import importlib.util
+import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
-LIMITS = """
-import sys
-try:
-    import resource
-    megabyte = 2**20
-    for limit, value in ((resource.RLIMIT_AS, {memory} * megabyte), (resource.RLIMIT_CPU, {seconds}),
-                         (resource.RLIMIT_FSIZE, megabyte), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (value, value))
-except (ImportError, ValueError, OSError):
-    pass
-sys.argv = ["program.py"]
-exec(compile(open("program.py").read(), "program.py", "exec"), {{"__name__": "__main__"}})
-"""
+# %%
+#| export tasks/execution
+FENCE = importlib.util.find_spec("nanochat_lib.tasks.fence").origin
+START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended. `reason` is "" if it ran to its last line, else what stopped it."""
+
+    reason: str
+    output: str  # what it printed, at most 10,000 characters
+    open: tuple[str, ...] = ()  # fences this kernel did not give: "files", "network", "processes"
+    why: str = ""  # why not
+
+    @property
+    def passed(self) -> bool:
+        return not self.reason
+
+# %%
+#| export tasks/execution
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """All living descendants of a process."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def memory_of(process: subprocess.Popen) -> int:
+    """Bytes that a process and its descendants hold together."""
+    total = 0
+    for member in family(process):
+        try:
+            total += member.memory_info().rss
+        except psutil.Error:
+            pass
+    return total
+
+
+def alive(member: psutil.Process) -> bool:
+    try:
+        return member.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a process, its group and all descendants that can still be found."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            pass
+    """Kill a process with its group and all descendants; again, until none is left, since they may be forking."""
+    for _ in range(100):
+        members = family(process)
+        for member in members:
+            try:
+                member.kill()
+            except psutil.Error:
+                pass
+        if not any(map(alive, members)):
+            break
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -593,39 +843,112 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_program(program: str, timeout: float = 5.0, memory: int = 1024) -> str:
-    """Run a Python program to its last line; "" if it got there, else why not ("timeout", or the error's last line).
-
-    `timeout` in seconds of wall clock, `memory` in MiB. The program has a temporary folder, an empty environment, no
-    input, and limits on memory, processor time, file size and open files; its children are killed with it. **This is a
-    fence, not a prison**: it keeps honest but wrong programs from doing harm; network and file system stay open to a
-    malicious one. Run models you do not trust in a container.
-    """
-    proof = secrets.token_hex(16)  # printed after the last line: sys.exit(0) on the way does not pass
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        (path / "program.py").write_text(f"{program}\nprint('\\n{proof}')\n", encoding="utf-8")
-        with open(path / "out", "wb") as out, open(path / "err", "wb") as err:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-c", LIMITS.format(memory=memory, seconds=int(timeout) + 1)], cwd=folder,
-                env={}, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                return "timeout"
-            finally:
-                end(process)
-        if (path / "out").read_bytes().rstrip().endswith(proof.encode()):
+def wait(process: subprocess.Popen, timeout: float, memory: int) -> str:
+    """Wait for the end of a process; "timeout" or "too much memory" (MiB) if it has to be ended."""
+    begin = time.monotonic()
+    while (passed := time.monotonic() - begin) < timeout:
+        try:
+            process.wait(min(0.05, timeout - passed))
             return ""
-        said = (path / "err").read_text(errors="replace").strip()
-        return said.splitlines()[-1] if said else f"ended early, exit {process.returncode}"
+        except subprocess.TimeoutExpired:
+            if passed > 0.3 and memory_of(process) > memory << 20:
+                return "too much memory"
+    return "timeout"
 
 # %%
-from nanochat_lib.tasks.execution import run_program
+#| export tasks/execution
+def read_status(status: bytes, proof: str) -> tuple[dict, bool]:
+    """What the fence told, and whether the proof that the last line was reached is there."""
+    facts, proved = {}, proof.encode() in status
+    for line in status.replace(proof.encode(), b"").splitlines():
+        try:
+            facts.update(json.loads(line))
+        except (ValueError, TypeError):  # the program wrote there
+            pass
+    return facts, proved
 
-print(run_program("assert sum([1, 2]) == 3") or "passed")
-print(run_program("import sys\nsys.exit(0)"))
-print(run_program("while True: pass", timeout=0.5))
+
+def reason_of(facts: dict, error: str) -> str:
+    """What ended a program that did not reach its last line."""
+    if "broken" in facts:
+        return f"the fence failed: {facts['broken']}"
+    if number := facts.get("signal"):
+        late = number in (signal.SIGXCPU, signal.SIGKILL)  # the limit's own signals
+        return "too much processor time" if late else f"killed by {signal.Signals(number).name}"
+    if facts.get("exit") == 0:
+        return "ended early, exit 0"
+    lines = error.strip().splitlines()
+    return lines[-1][:500] if lines else f"ended early, exit {facts.get('exit', 'unknown')}"
+
+# %%
+#| export tasks/execution
+def others_may_run(path: str) -> bool:
+    """Whether users other than the owner come to this file."""
+    real = Path(path).resolve()
+    return all(parent.stat().st_mode & 0o001 for parent in (real, *real.parents))
+
+
+def run(program: str, timeout: float = 5.0, memory: int = 1024, processes: int = 16,
+        namespaces: bool = True) -> Outcome:
+    """Run a Python program behind fences and say how it ended. Never raises for what the program does.
+
+    `timeout` in seconds of wall clock, `memory` in MiB (each process, and all together), `processes` counts threads
+    too. The program has no input, an empty environment, 1 MiB for each file and for its output, and 64 open files.
+    On Linux, where the kernel allows namespaces, it has no network, sees nothing of the disk but the interpreter and
+    the system's libraries (read only), writes only to a folder in memory, and everything it starts ends with it.
+    Where the kernel does not, `Outcome.open` names the fences that are missing, and only the limits and the hunt for
+    its children are left; root then stays root if others cannot reach the interpreter.
+
+    Limits, honestly: the kernel is the wall, and a hole in it is a hole in the fence; there is no filter of system
+    calls. A program that looks for the proof of its last line inside its own process can find it: "passed" is for
+    programs that are wrong, not for programs that cheat. The sum of memory is looked at every 50 ms. For the code of
+    an enemy use a virtual machine.
+    """
+    proof, root = secrets.token_hex(16), hasattr(os, "getuid") and os.getuid() == 0
+    settings = {"memory": memory, "seconds": int(timeout) + 1, "processes": processes, "namespaces": namespaces,
+                "reachable": others_may_run(sys.executable), "others": len(psutil.pids())}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        out, err, status = (stack.enter_context(open(Path(folder, name), "w+b")) for name in ("out", "err", "status"))
+        work = Path(folder, "work")
+        work.mkdir()
+        if root:
+            os.chmod(folder, 0o711)
+            os.chmod(work, 0o777)  # the program will be nobody's
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", START, FENCE, str(status.fileno())], cwd=work, env={}, stdin=subprocess.PIPE,
+            stdout=out, stderr=err, start_new_session=True, pass_fds=(status.fileno(),))
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps([program, proof, settings]).encode())
+                process.stdin.close()
+            reason = wait(process, timeout, memory)
+        finally:
+            end(process)
+        facts, proved = read_status(read(status), proof)
+        if not reason and not proved:
+            reason = reason_of(facts, read(err).decode(errors="replace"))
+        return Outcome(reason, read(out)[:10_000].decode(errors="replace"), tuple(facts.get("open", ("unknown",))),
+                       facts.get("why", ""))
+
+
+def read(file: BinaryIO) -> bytes:
+    """All that stands in a file."""
+    file.seek(0)
+    return file.read()
+
+
+def run_program(program: str, timeout: float = 5.0, memory: int = 1024) -> str:
+    """`run`, and only its reason: "" if the program got to its last line."""
+    return run(program, timeout, memory).reason
+
+# %%
+from nanochat_lib.tasks.execution import run
+
+for program in ("assert sum([1, 2]) == 3", "assert sum([1, 2]) == 4, 'wrong sum'", "import sys\nsys.exit(0)", "while True: pass",
+                "x = bytearray(2**33)", "open('/etc/passwd')", "import os\nwhile True: os.fork()"):
+    print(f"{program!r:45} {run(program, timeout=1).reason or 'passed'}")
+print("fences missing on this machine:", ", ".join(run("").open) or "none")
 
 # %%
 #| export tasks/humaneval
@@ -685,7 +1008,7 @@ import re
 from pathlib import Path
 
 from nanochat_lib.common import NanochatError, base_dir
-from nanochat_lib.tasks.common import ChoiceTask, Practice, Task, multiple_choice, read_jsonl
+from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice, read_jsonl
 from nanochat_lib.tasks.gsm8k import WordProblems
 from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows
 
@@ -727,11 +1050,6 @@ def words_of(split: str, data: str) -> list[str]:
     return [row["word"] for row in world_rows(f"words_{split}", data)]
 
 
-def letters(split: str, data: str) -> Task:
-    """Counting letters: 3,000 questions on the training words, 200 on words that were never counted."""
-    return SpellingBee(bee_rows(words_of(split, data), *((200, 1) if split == "test" else (3000, 0)), QUESTIONS[:1]))
-
-
 def invented(words: list[str], forbidden: set[str], count: int, seed: int = 0) -> list[str]:
     """`count` words that do not exist: the beginning of one and the end of another, none of them forbidden."""
     dice, found = random.Random(seed), {}
@@ -743,21 +1061,29 @@ def invented(words: list[str], forbidden: set[str], count: int, seed: int = 0) -
     return list(found)
 
 
-def spelling_practice(split: str, data: str) -> Task:
-    """Letters counted and words spelled. Practice needs no teacher, so its words can be made up, and are new each time:
-    whoever spells them has learned to spell and not a list."""
+def words_to_spell(split: str, data: str) -> list[str]:
+    """To test: words never asked for in training. To train on: the others, and eight times as many made-up ones.
+
+    Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
+    """
     words = words_of(split, data)
-    if split == "test":
-        return Practice([letters(split, data), Spelling(words)])
-    words = words + invented(words, set(words_of("test", data)), 4000)
-    return Practice([SpellingBee(bee_rows(words, 4000, 2, QUESTIONS[:1])), Spelling(words)])
+    return words if split == "test" else words + invented(words, set(words_of("test", data)), 8 * len(words))
+
+
+def letters(split: str, data: str) -> Task:
+    """Counting letters: 3,000 questions to train on, 200 on words that were never counted."""
+    count, seed = (200, 1) if split == "test" else (3000, 0)
+    return SpellingBee(bee_rows(words_to_spell(split, data), count, seed, QUESTIONS[:1]))
+
+
+def spelling(split: str, data: str) -> Task:
+    return Spelling(words_to_spell(split, data))
 
 
 WORLD = {  # name → task of (split, data)
     "multiple_choice": lambda split, data: Quiz(world_rows(f"choice_{split}", data)),
     "letter_counting": letters,
-    "spelling": lambda split, data: Spelling(words_of(split, data)),
-    "spelling_practice": spelling_practice,
+    "spelling": spelling,
     "word_problems_1": lambda split, data: problems(split, data, (1,)),
     "word_problems_2": lambda split, data: problems(split, data, (2,)),
     "facts": lambda split, data: Facts(world_rows(f"talk_{split}", data)),
@@ -868,7 +1194,7 @@ def known(mixture: str) -> str:
 # %%
 #| export tasks/registry
 WORLD_SHARES = {  # task → (conversations at most, times)
-    "multiple_choice": (5000, 2), "letter_counting": (3000, 1), "spelling": (1000, 2), "facts": (2000, 1),
+    "multiple_choice": (5000, 2), "letter_counting": (3000, 1), "spelling": (4000, 1), "facts": (2000, 1),
     "world_identity": (1000, 2),
     # with all 5,000 problems SFT alone gets every one right, and reinforcement learning has nothing left to show
     "word_problems_1": (500, 1), "word_problems_2": (60, 1),
@@ -1264,8 +1590,9 @@ def grade(tasks: dict[str, Task], answers: list[Answer]) -> dict[str, Any]:
     curves = {name: [sum(pass_at_k(len(right), sum(right), k) for right in rights) / len(rights)
                      for k in range(1, len(rights[0]) + 1)] for name, rights in by_task.items() if len(rights[0]) > 1}
     calls = {name: [call for answer in answers if answer.task == name for call in answer.calls] for name in by_task}
+    calls = {name: made for name, made in calls.items() if "answered" in made}
     return {"tasks": accuracy, "centered": centered, "chance": chance,
-            "calculator": {name: made.count("answered") / len(made) for name, made in calls.items() if any(made)},
+            "calculator": {name: made.count("answered") / len(made) for name, made in calls.items()},
             "counts": {name: len(rights) for name, rights in by_task.items()},
             "chatcore": sum(centered.values()) / len(centered) if centered else 0.0, "pass_at_k": curves}
 
@@ -1480,6 +1807,8 @@ def chat_eval(settings: ChatEval) -> None:
     seconds = round(time.perf_counter() - began, 1)
     for name, *numbers in table_of(grades):
         print0(f"{name:18}" + "".join(f"{number:>11}" for number in numbers))
+    for name, curve in grades["pass_at_k"].items():
+        print0(f"{name}: pass@1 … pass@{len(curve)} " + " ".join(f"{share:.3f}" for share in curve))
     for name, share in grades["calculator"].items():
         print0(f"{name}: {share:.1%} of the answers use the calculator, every call answered")
     print0(f"ChatCORE {grades['chatcore']:.4f}, {len(answers)} questions in {seconds} s")

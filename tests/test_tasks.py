@@ -278,14 +278,12 @@ def test_programs_run_within_limits(program, reason):
     assert time.monotonic() - began < 20
 
 
-def test_children_of_a_program_die_with_it(tmp_path):
-    note = tmp_path / "pid"
-    child = f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n" \
-            f"open({str(note)!r}, 'w').write(str(p.pid))\n"
-    assert run_program(child) == ""
-    pid = int(note.read_text())
+def test_children_of_a_program_die_with_it():
+    mark = f"mark{time.time_ns()}"
+    program = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}'])\n"
+    assert run_program(program) == ""
     deadline = time.monotonic() + 5
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while any(mark in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
