@@ -1097,7 +1097,7 @@ from nanochat_lib.rl import collapsed, questions_of_step
 from nanochat_lib.tasks import Task, get_task
 
 SEED = 42
-PRACTICE = {"spelling": "spelling_practice"}  # what a task's name stands for here
+PRACTICE = {"spelling": "letter_counting|spelling"}  # what a task's name stands for here
 
 # %%
 #| export scripts/chat_rl

@@ -89,6 +89,8 @@ def chat_eval(settings: ChatEval) -> None:
     seconds = round(time.perf_counter() - began, 1)
     for name, *numbers in table_of(grades):
         print0(f"{name:18}" + "".join(f"{number:>11}" for number in numbers))
+    for name, curve in grades["pass_at_k"].items():
+        print0(f"{name}: pass@1 … pass@{len(curve)} " + " ".join(f"{share:.3f}" for share in curve))
     for name, share in grades["calculator"].items():
         print0(f"{name}: {share:.1%} of the answers use the calculator, every call answered")
     print0(f"ChatCORE {grades['chatcore']:.4f}, {len(answers)} questions in {seconds} s")

@@ -134,8 +134,9 @@ def grade(tasks: dict[str, Task], answers: list[Answer]) -> dict[str, Any]:
     curves = {name: [sum(pass_at_k(len(right), sum(right), k) for right in rights) / len(rights)
                      for k in range(1, len(rights[0]) + 1)] for name, rights in by_task.items() if len(rights[0]) > 1}
     calls = {name: [call for answer in answers if answer.task == name for call in answer.calls] for name in by_task}
+    calls = {name: made for name, made in calls.items() if "answered" in made}
     return {"tasks": accuracy, "centered": centered, "chance": chance,
-            "calculator": {name: made.count("answered") / len(made) for name, made in calls.items() if any(made)},
+            "calculator": {name: made.count("answered") / len(made) for name, made in calls.items()},
             "counts": {name: len(rights) for name, rights in by_task.items()},
             "chatcore": sum(centered.values()) / len(centered) if centered else 0.0, "pass_at_k": curves}
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from nanochat_lib.common import NanochatError, base_dir
-from nanochat_lib.tasks.common import ChoiceTask, Practice, Task, multiple_choice, read_jsonl
+from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice, read_jsonl
 from nanochat_lib.tasks.gsm8k import WordProblems
 from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows
 
@@ -49,11 +49,6 @@ def words_of(split: str, data: str) -> list[str]:
     return [row["word"] for row in world_rows(f"words_{split}", data)]
 
 
-def letters(split: str, data: str) -> Task:
-    """Counting letters: 3,000 questions on the training words, 200 on words that were never counted."""
-    return SpellingBee(bee_rows(words_of(split, data), *((200, 1) if split == "test" else (3000, 0)), QUESTIONS[:1]))
-
-
 def invented(words: list[str], forbidden: set[str], count: int, seed: int = 0) -> list[str]:
     """`count` words that do not exist: the beginning of one and the end of another, none of them forbidden."""
     dice, found = random.Random(seed), {}
@@ -65,21 +60,29 @@ def invented(words: list[str], forbidden: set[str], count: int, seed: int = 0) -
     return list(found)
 
 
-def spelling_practice(split: str, data: str) -> Task:
-    """Letters counted and words spelled. Practice needs no teacher, so its words can be made up, and are new each time:
-    whoever spells them has learned to spell and not a list."""
+def words_to_spell(split: str, data: str) -> list[str]:
+    """To test: words never asked for in training. To train on: the others, and eight times as many made-up ones.
+
+    Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
+    """
     words = words_of(split, data)
-    if split == "test":
-        return Practice([letters(split, data), Spelling(words)])
-    words = words + invented(words, set(words_of("test", data)), 4000)
-    return Practice([SpellingBee(bee_rows(words, 4000, 2, QUESTIONS[:1])), Spelling(words)])
+    return words if split == "test" else words + invented(words, set(words_of("test", data)), 8 * len(words))
+
+
+def letters(split: str, data: str) -> Task:
+    """Counting letters: 3,000 questions to train on, 200 on words that were never counted."""
+    count, seed = (200, 1) if split == "test" else (3000, 0)
+    return SpellingBee(bee_rows(words_to_spell(split, data), count, seed, QUESTIONS[:1]))
+
+
+def spelling(split: str, data: str) -> Task:
+    return Spelling(words_to_spell(split, data))
 
 
 WORLD = {  # name → task of (split, data)
     "multiple_choice": lambda split, data: Quiz(world_rows(f"choice_{split}", data)),
     "letter_counting": letters,
-    "spelling": lambda split, data: Spelling(words_of(split, data)),
-    "spelling_practice": spelling_practice,
+    "spelling": spelling,
     "word_problems_1": lambda split, data: problems(split, data, (1,)),
     "word_problems_2": lambda split, data: problems(split, data, (2,)),
     "facts": lambda split, data: Facts(world_rows(f"talk_{split}", data)),
