@@ -17,17 +17,18 @@
 #
 # Attention is the only place in a transformer where tokens look at each other, and the only one whose cost grows with
 # the square of the text. It is also three lines of PyTorch. This lesson starts from the three lines and ends with the
-# kernels that train the model and let it speak: same numbers, far less memory moved, and no work on keys that a window hides.
+# kernels that train the model and let it speak: same numbers, far less memory moved, and no work on keys that a
+# window hides.
 #
-# The way there: a softmax in one pass → tiles → the kernel → its gradient → one query against a cache → the loss, which has the
-# same disease → what a CPU does → who chooses → how fast it is.
+# The way there: a softmax in one pass → tiles → the kernel → its gradient → one query against a cache → the loss,
+# which has the same disease → what a CPU does → who chooses → how fast it is.
 
 # %%
 #| default_exp attention
 
 # %%
 #| export plain_attention
-"""Causal attention in plain PyTorch: the formula, PyTorch's fused kernel, and windows in blocks that see only their keys.
+"""Causal attention in plain PyTorch: the formula, the fused kernel, and windows in blocks that see only their keys.
 
 Layout (B, T, H, D) throughout: batch, tokens, heads, head dimension. Keys and values may have fewer heads (KVH).
 """
@@ -180,8 +181,8 @@ for axis, window in zip(axes, (None, 512)):
              f"{int((kinds == 2).sum())} with a mask", xlabel="tile of 128 keys", ylabel="block of 128 queries")
 
 # %% [markdown]
-# White is work that is never done. Watch one block of queries do the rest: eight queries at positions 24 … 31 with a window of
-# 17, tiles of eight keys. `walk` is the algorithm, and keeps what a kernel would have in its registers after each tile.
+# White is work that is never done. Watch one block of queries do the rest: eight queries at positions 24 … 31 with a
+# window of 17, tiles of eight keys. `walk` is the algorithm, and keeps what a kernel has in registers after each tile.
 
 # %%
 #| export tiles
@@ -198,7 +199,8 @@ class Step:
     out: torch.Tensor  # (M, D) the answer so far: weighted sum of values over running sum
 
 
-def walk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, n: int, window: int | None = None) -> list[Step]:
+def walk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, n: int,
+         window: int | None = None) -> list[Step]:
     """The tiles that queries q (M, D) at positions start… visit among k, v (T, D), n keys each, one Step a tile."""
     M, D = q.shape
     rows, first = torch.arange(start, start + M), 0 if window is None else max(0, start - window) // n
@@ -247,10 +249,10 @@ for number in range(len(steps)):
     draw_step(axes[number], steps, number)
 
 # %% [markdown]
-# Read a row from top to bottom. In the first tile some queries see nothing (grey: the window's far edge) and have no sum yet.
-# Where the maximum rises, the sum and the answer shrink to what the new maximum leaves of them (orange below 1); where it
-# stays, the tile is just added. After the last tile the distance is zero: nothing was approximated. With a live notebook, step
-# through it, and move the window:
+# Read a row from top to bottom. In the first tile some queries see nothing (grey: the window's far edge) and have no
+# sum yet. Where the maximum rises, the sum and the answer shrink to what the new maximum leaves of them (orange below
+# 1); where it stays, the tile is just added. After the last tile the distance is zero: nothing was approximated. With
+# a live notebook, step through it, and move the window:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -270,8 +272,8 @@ _ = ipywidgets.interact(browse, tile=ipywidgets.IntSlider(0, 0, 3), window=ipywi
 # %% [markdown]
 # ## Bytes, counted
 #
-# What tiles save in memory traffic, for one head forward, in two-byte numbers. Naive moves scores and weights four times;
-# tiled reads, for each block of queries, the keys and values of the tiles it visits.
+# What tiles save in memory traffic, for one head forward, in two-byte numbers. Naive moves scores and weights four
+# times; tiled reads, for each block of queries, the keys and values of the tiles it visits.
 
 # %%
 #| export tiles
@@ -284,7 +286,8 @@ def traffic(T: int, D: int = 128, block: int = 128, window: int | None = None, n
     return {"q, out": 4 * T * D, "k, v": 4 * visited * D, "scores": 0}
 
 # %%
-texts, ways = [512 * 2**i for i in range(7)], {"naive": dict(naive=True), "tiled": {}, "tiled, window 512": dict(window=512)}
+texts = [512 * 2**i for i in range(7)]
+ways = {"naive": dict(naive=True), "tiled": {}, "tiled, window 512": dict(window=512)}
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
 for name, settings in ways.items():
     left.loglog(texts, [sum(traffic(T, **settings).values()) / 2**20 for T in texts], marker="o", label=name)
@@ -307,9 +310,10 @@ print("T = 8192:", {name: f"{sum(moved.values()) / 2**20:.0f} MiB" for name, mov
 #
 # ## The roofline
 #
-# Is that enough? A chip has two speeds: operations a second, and bytes a second. Their ratio is how many operations a byte must
-# be good for, or the arithmetic waits. A kernel's own ratio is its *arithmetic intensity*; the roof above it is the lower of
-# the two limits (Williams et al., 2009). Below, one chip by its datasheet, and what each kernel of this lesson asks of it.
+# Is that enough? A chip has two speeds: operations a second, and bytes a second. Their ratio is how many operations a
+# byte must be good for, or the arithmetic waits. A kernel's own ratio is its *arithmetic intensity*; the roof above
+# it is the lower of the two limits (Williams et al., 2009). Below, one chip by its datasheet, and what each kernel of
+# this lesson asks of it.
 
 # %%
 import json
@@ -322,7 +326,7 @@ rates = {(row["part"], row["case"], row["way"]): row["rate"] for row in found["r
 
 
 def intensity(T, D=128, window=None, naive=False):
-    """Operations per byte of one head's forward pass; tiled, keys and values are counted once: the cache has the rest."""
+    """Operations per byte of one head's forward pass. Tiled: keys and values counted once, the cache has the rest."""
     pairs = sum(min(t, T if window is None else window) + 1 for t in range(T))
     return 4 * D * pairs / (sum(traffic(T, D, naive=True).values()) if naive else 8 * T * D)
 
@@ -344,17 +348,18 @@ if multiply and copy:  # TFLOP/s, GB/s
                 label=f"roof measured, {found['chip']}")
     for name, x, rate in (("flash, T 2,048", asked["flash, T 2,048"], rates.get(("forward", "T 2,048", "ours"))),
                           ("decoding, batch 64", 1, rates.get(("decoding", "batch 64", "ours"), 0) / 1e3)):
-        axis.plot(x, rate or torch.nan, "*", ms=14, color="tab:red" if x == 1 else "tab:orange", label=f"{name}, measured")
-axis.set(xlabel="operations per byte", ylabel="TFLOP/s at most", title=f"the ridge: {FLOPS / BYTES:.0f} operations per byte")
+        axis.plot(x, rate or torch.nan, "*", ms=14, label=f"{name}, measured")
+axis.set(xlabel="operations per byte", ylabel="TFLOP/s at most",
+         title=f"the ridge: {FLOPS / BYTES:.0f} operations per byte")
 _ = axis.legend(fontsize=8)
 
 # %% [markdown]
-# Three neighbourhoods. The naive formula sits far left of the ridge: at best a seventh of the chip, whatever one does. Flash
-# attention sits right of it, windowed or not, and becomes what a kernel should be: limited by arithmetic. Decoding sits at
-# one operation per byte, and *batching does not move it*, since each row has a cache of its own; only sharing does, among query
-# heads, or among rows that have the same prompt. (A weight matrix is shared by all rows: there the batch helps.) For
-# decoding the whole art is to read at full speed. And the loss has, between its large products, a pass over the logits that
-# does ten operations on each: memory again.
+# Three neighbourhoods. The naive formula sits far left of the ridge: at best a seventh of the chip, whatever one
+# does. Flash attention sits right of it, windowed or not, and becomes what a kernel should be: limited by arithmetic.
+# Decoding sits at one operation per byte, and *batching does not move it*, since each row has a cache of its own;
+# only sharing does, among query heads, or among rows that have the same prompt. (A weight matrix is shared by all
+# rows: there the batch helps.) For decoding the whole art is to read at full speed. And the loss has, between its
+# large products, a pass over the logits that does ten operations on each: memory again.
 #
 # ## The kernel
 #
@@ -420,9 +425,9 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
     return weights, total * rescale + tl.sum(weights, 1), new_top, rescale
 
 # %% [markdown]
-# Then the program around it. Tiles are fetched by the chip's copy engine: `k_all` *describes* the tensor (where it lies,
-# its shape and strides), `load` names a tile's corner, and what lies past the end reads as zero, so no load needs a
-# mask. `head // group` is all there is to grouped queries: no copy of the keys is made.
+# Then the program around it. Tiles are fetched by the chip's copy engine: `k_all` *describes* the tensor (where it
+# lies, its shape and strides), `load` names a tile's corner, and what lies past the end reads as zero, so no load
+# needs a mask. `head // group` is all there is to grouped queries: no copy of the keys is made.
 #
 # Tensor cores work on their own once a product is issued, so it matters *when* its result is wanted. Scores are
 # wanted at once. But a tile's weights meet their values one turn later, in the shadow of the next tile's softmax: that
@@ -459,28 +464,31 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
     tl.store(lse_all + tl.program_id(1).to(tl.int64) * T + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
 
 # %% [markdown]
-# Around a kernel: tile sizes, descriptors, the launch. Sizes were chosen by trial on an H200: large tiles read keys less
-# often, but a thread has 255 registers, and a kernel that wants more is slow. It is registered with PyTorch as an operator
-# of its own; `torch.compile` puts the call into its graph without looking inside. For that it needs to know
-# the result's shape (`register_fake`), and later the gradient.
+# Around a kernel: tile sizes, descriptors, the launch. Sizes were chosen by trial on an H200: large tiles read keys
+# less often, but a thread has 255 registers, and a kernel that wants more is slow. It is registered with PyTorch as
+# an operator of its own; `torch.compile` puts the call into its graph without looking inside. For that it needs to
+# know the result's shape (`register_fake`), and later the gradient.
 
 # %%
 #| export kernels/flash_attention
-SETTINGS = {  # BLOCK_M, BLOCK_N, num_warps, num_stages for two-byte numbers, by kernel and head dimension
+SETTINGS = {  # head dimension → BLOCK_M, BLOCK_N, num_warps, num_stages; two-byte numbers, Hopper and later
     "forward": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
     "dq": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "dkdv": {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    "dkdv": {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
+}
+SMALL = {  # chips with less shared memory, whose tensor cores take their numbers from registers
+    "forward": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "dq": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "dkdv": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
 }
 
 
 def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, windowed: bool = False) -> dict[str, int]:
     """Tile sizes and launch settings of a kernel ("forward", "dq" or "dkdv") on a chip of compute capability × 10."""
-    if dtype == torch.float32:  # three tf32 products for one, in registers
-        sizes = (32, 32, 4, 1) if INTERPRETING else (16, 16, 4, 1)
-    elif capability in (90, 100):
-        sizes = SETTINGS[kernel][D]
-    else:  # less shared memory, no tensor cores that work on their own
-        sizes = (64, 32, 4 if D < 128 else 8, 1) if kernel != "dkdv" else (32, 64, 4 if D < 128 else 8, 1)
+    if dtype == torch.float32:  # three tf32 products for one: operands fill the registers
+        sizes = (32, 32, 4, 1) if INTERPRETING else (16, 16, 8 if kernel == "dkdv" else 4, 1)
+    else:
+        sizes = (SETTINGS if capability in (90, 100) else SMALL)[kernel][D]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
 
@@ -574,12 +582,12 @@ for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None],
     axis.set(title=name, xlabel="key", ylabel="query")
 
 # %% [markdown]
-# Only the band's tiles of $dp$ are ever needed. Who sums up what? $dq_i$ is a sum over keys: a program that owns a block
-# of queries walks over key tiles, as in forward. $dk_j$ and $dv_j$ are sums over queries: a program that owns a block of
-# keys walks over query tiles. One kernel could do both and recompute once, but then many programs add to the same $dq$,
-# in whatever order they finish: the last bits would differ from run to run. Two kernels do seven products instead
-# of five, and every number has one writer. In the first, a tile's last product again waits in the shadow of the
-# next tile's exponentials:
+# Only the band's tiles of $dp$ are ever needed. Who sums up what? $dq_i$ is a sum over keys: a program that owns a
+# block of queries walks over key tiles, as in forward. $dk_j$ and $dv_j$ are sums over queries: a program that owns a
+# block of keys walks over query tiles. One kernel could do both and recompute once, but then many programs add to the
+# same $dq$, in whatever order they finish: the last bits would differ from run to run. Two kernels do seven products
+# instead of five, and every number has one writer. In the first, a tile's last product again waits in the shadow of
+# the next tile's exponentials:
 
 # %%
 #| export kernels/flash_attention
@@ -717,7 +725,7 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
-    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float32, "fp32", (64, 128))):
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float32, "fp32", (64,))):
         for D in dims:
             for name, kernel in (("forward", forward_kernel), ("dq", dq_kernel), ("dkdv", dkdv_kernel)):
                 sizes = settings(name, D, dtype, capability)
@@ -1131,7 +1139,8 @@ def loss_kernel(logits, targets, losses, factors, row_stride, V, cap, BLOCK: tl.
 #| export kernels/loss_head
 def loss_settings(vocab: int) -> dict[str, int]:
     """Tile of a row and its warps."""
-    return dict(BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=8)
+    block = min(4096, triton.next_power_of_2(vocab))
+    return dict(BLOCK=block, num_warps=max(4, block // 256))
 
 
 def softcap_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, cap: float, gradient: bool,
@@ -1429,7 +1438,7 @@ def modules() -> list[str]:
 
 
 def build(kernel, types: dict, constants: dict, options: dict, capability: int):
-    """Compile a kernel as it is launched. Arguments without a type are "i32"; "i32:16" and pointers are divisible by 16."""
+    """Compile a kernel as it is launched. Arguments without a type: "i32"; "i32:16" and pointers divide by 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -1477,12 +1486,12 @@ def report(module: str, index: int, capability: int) -> dict:
         row["fault"] = (f"more shared memory than the {CHIPS[capability]} KiB of sm_{capability}: "
                         "give it fewer stages or smaller tiles")
     elif "instructions are serialized" in log.getvalue():
-        row["fault"] = "its asynchronous products wait for each other: the assembler found no registers to keep them apart"
+        row["fault"] = "its products wait for each other (wgmma serialized): other tiles or warps"
     return row
 
 
 def check(names: list[str], chips: list[int], jobs: int | None = None, only: str = "") -> list[dict]:
-    """Rows for the cases of these modules on these chips, compiled in `jobs` fresh processes (default: one per core)."""
+    """Rows for the cases of these modules on these chips, compiled in `jobs` fresh processes (default: a core each)."""
     work = [(name, index, chip) for name in names for chip in chips
             for index, case in enumerate(importlib.import_module(f"nanochat_lib.kernels.{name}").compile_cases(chip))
             if only in case[0]]
@@ -1529,7 +1538,8 @@ def compile_check(settings: Settings) -> None:
         raise NanochatError(f"{bad} of {len(rows)} kernels cannot stay as they are: choose other sizes in their module")
 
 # %% [markdown]
-# The three attention kernels as the H200 gets them (a fresh process compiles them: in this one they may be interpreted):
+# The three attention kernels as the H200 gets them (a fresh process compiles them: in this one they may be
+# interpreted):
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1582,7 +1592,7 @@ def blocked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window:
 # %%
 #| export plain_attention
 class BandAttention(torch.autograd.Function):
-    """Windowed attention as batched products over cache-sized blocks; the weights are computed again for the gradients."""
+    """Windowed attention as batched products over cache-sized blocks; gradients compute the weights once more."""
 
     BLOCK, CHUNK = 64, 1 << 17  # queries a block; scores a chunk and thread (512 KiB in float32, half an L2 cache)
 
@@ -1593,7 +1603,7 @@ class BandAttention(torch.autograd.Function):
 
     @staticmethod
     def plan(q: torch.Tensor, window: int) -> tuple[int, list]:
-        """How many heads to a chunk, and for each block of queries: start, end, first key, what to add to the scores."""
+        """How many heads to a chunk; and for each block of queries start, end, first key, what to add to scores."""
         T, block, t, hidden = q.size(1), BandAttention.BLOCK, torch.arange(q.size(1)), {}
         blocks = [(start, min(start + block, T), max(0, start - window)) for start in range(0, T, block)]
         for start, end, first in blocks:  # most blocks are alike
@@ -1641,16 +1651,16 @@ class BandAttention(torch.autograd.Function):
                 ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
                 torch.bmm(ds, ks[:, first:end], out=dqs[:, start:end])
                 dks[:, first:end].baddbmm_(ds.transpose(1, 2), qs[:, start:end])
-        dk, dv = (x.view(B, KVH, H // KVH, T, D).sum(2) for x in (dk, dv))  # a key head gathers from its group's queries
+        dk, dv = (x.view(B, KVH, H // KVH, T, D).sum(2) for x in (dk, dv))  # over the queries of a key head's group
         return dq.mul_(D**-0.5).view(B, H, T, D).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
 
 # %% [markdown]
 # ## Choosing
 #
 # Nobody should have to know all this to call `attention(q, k, v, window)`. It picks: on a CPU the ways above; on a
-# GPU PyTorch's fused kernel for full layers, our kernel for windows, and our decoding kernel for a chat. (FlexAttention,
-# which compiles a kernel for any mask, is the second choice for windows.) `NANOCHAT_ATTENTION` overrules; whatever a
-# machine lacks, it says in one line and takes the next best way.
+# GPU PyTorch's fused kernel for full layers, our kernel for windows, and our decoding kernel for a chat.
+# (FlexAttention, which compiles a kernel for any mask, is the second choice for windows.) `NANOCHAT_ATTENTION`
+# overrules; whatever a machine lacks, it says in one line and takes the next best way.
 
 # %%
 #| export
@@ -1692,7 +1702,7 @@ def wanted() -> str:
 
 
 def lacks(way: str, device: str, usual: bool) -> str:
-    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; `usual`: its heads; "" if it can."""
+    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; "" if it can. `usual`: heads."""
     if way in FAILED:
         return "it failed before"
     if not HAVE_TRITON:
@@ -1705,8 +1715,8 @@ def lacks(way: str, device: str, usual: bool) -> str:
     return ""
 
 # %% [markdown]
-# The choice looks at nothing but a few facts, never at numbers. So a compiler that traces the model may make it once, while
-# tracing (`assume_constant_result`), notice and all.
+# The choice looks at nothing but a few facts, never at numbers. So a compiler that traces the model may make it once,
+# while tracing (`assume_constant_result`), notice and all.
 
 # %%
 #| export
@@ -1855,9 +1865,9 @@ _ = plt.legend()
 # %% [markdown]
 # ## The same choice for a chat
 #
-# `cached_attention` is what the model calls while it writes: a few new tokens a row, a cache, and how long each row is. A
-# fresh prompt is plain causal attention. On a GPU the decoding kernel reads each row's own keys; elsewhere PyTorch gets a
-# mask, over no more keys than the longest row has.
+# `cached_attention` is what the model calls while it writes: a few new tokens a row, a cache, and how long each row
+# is. A fresh prompt is plain causal attention. On a GPU the decoding kernel reads each row's own keys; elsewhere
+# PyTorch gets a mask, over no more keys than the longest row has.
 
 # %%
 #| export
@@ -1938,10 +1948,10 @@ print(f"full layers: {cache_mib(12, windowed=0):.0f} MiB; windows: {cache_mib(12
 # %% [markdown]
 # ## Measured
 #
-# A claim about speed is a race: all contestants in one process, in turns (a machine warms up, throttles and is shared),
-# medians, and next to them the roof, what the chip does when it only multiplies or only copies. GPUs run behind: work is
-# queued while a long pause keeps the GPU busy, and its own clock stamps begin and end; before each run the cache is
-# overwritten, so that nobody finds a rival's keys there.
+# A claim about speed is a race: all contestants in one process, in turns (a machine warms up, throttles and is
+# shared), medians, and next to them the roof, what the chip does when it only multiplies or only copies. GPUs run
+# behind: work is queued while a long pause keeps the GPU busy, and its own clock stamps begin and end; before each
+# run the cache is overwritten, so that nobody finds a rival's keys there.
 
 # %%
 #| export timing
@@ -1984,7 +1994,7 @@ def race(contestants: dict[str, Callable[[], object]], device: torch.device | st
          seconds: float = 2.0) -> tuple[dict[str, float], dict[str, str]]:
     """Medians in milliseconds of interleaved rounds, and why each contestant that raised is not among them.
 
-    Every contestant runs twice unmeasured (compilers, caches). Stops after `rounds` or `seconds`, but after three rounds.
+    Every contestant runs twice unmeasured (compilers, caches). Ends after `rounds` or `seconds`, but not before three.
     """
     on_gpu, able, failed = torch.device(device).type == "cuda", {}, {}
     for name, run in contestants.items():
@@ -2104,7 +2114,7 @@ def backward_of(run: Callable, leaves: tuple[torch.Tensor, ...]) -> Callable:
 
 
 def attention_rows(bench: Bench, B: int, T: int, window: int, flex_full: bool, H: int = 16, D: int = 128) -> None:
-    """Both passes with a window, then each pass full; bfloat16. A pass of FlexAttention costs a compilation, so it is asked for."""
+    """Both passes with a window, then each pass full; bfloat16. `flex_full`: FlexAttention there too, a compilation."""
     q, k, v = (torch.randn(B, T, H, D, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     pull, full, case = torch.randn_like(q), 4 * B * H * D * pairs(T, None), f"T {T:,}"
 
@@ -2117,7 +2127,7 @@ def attention_rows(bench: Bench, B: int, T: int, window: int, flex_full: bool, H
     work = {name: 3.5 * (full if name.endswith("full") else banded) for name in contestants}
     bench.measure("forward + backward", f"{case}, window {window:,}", contestants, work, "TFLOP/s")
     every = OURS | SDPA | (FLEX if flex_full else {})
-    contestants = {name: lambda run=run: run(q, k, v) for name, run in every.items()}  # as in training: ready for backward
+    contestants = {name: lambda run=run: run(q, k, v) for name, run in every.items()}  # as in training, with logsumexp
     bench.measure("forward", case, contestants, full, "TFLOP/s")
     contestants = {name: backward_of(run, (q, k, v)) for name, run in every.items()}
     bench.measure("backward", case, contestants, 2.5 * full, "TFLOP/s")
@@ -2325,11 +2335,12 @@ def kernel_bench(settings: Settings) -> None:
         state = "not measured here" if isnan(row["measured"]) else "reached" if row["reached"] else "NOT reached"
         print0(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}  {state}")
     draw(bench, settings.out.with_suffix(".png"), " · ".join(f"{name} {value}" for name, value in about.items()))
-    print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if device.type == "cuda" else f"; the rest, {ON_GPU}"))
+    rest = "" if device.type == "cuda" else f"; the rest, {ON_GPU}"
+    print0(f"{settings.out.with_suffix('.json')} and .png written{rest}")
 
 # %% [markdown]
-# The table below was measured where the project had a GPU (`docs/kernels.json` says which, when, and with which versions), and
-# `python -m nanochat_lib.scripts.kernel_bench` makes it on yours, in 90 seconds.
+# The table below was measured where the project had a GPU (`docs/kernels.json` says which, when, and with which
+# versions), and `python -m nanochat_lib.scripts.kernel_bench` makes it on yours, in 90 seconds.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -2339,7 +2350,8 @@ if docs:
     print(f"{found['chip']}, {found['date']}, torch {found['torch']}, triton {found['triton']}")
     for row in found["targets"]:
         if row["measured"] is not None:
-            print(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}" + "  missed" * (not row["reached"]))
+            missed = "" if row["reached"] else "  missed"
+            print(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}{missed}")
     display(Image(docs[0].with_suffix(".png")))
 
 # %% [markdown]

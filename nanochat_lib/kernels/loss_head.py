@@ -58,7 +58,8 @@ def loss_kernel(logits, targets, losses, factors, row_stride, V, cap, BLOCK: tl.
 
 def loss_settings(vocab: int) -> dict[str, int]:
     """Tile of a row and its warps."""
-    return dict(BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=8)
+    block = min(4096, triton.next_power_of_2(vocab))
+    return dict(BLOCK=block, num_warps=max(4, block // 256))
 
 
 def softcap_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, cap: float, gradient: bool,
