@@ -27,9 +27,10 @@ from nanochat_lib.course.checks import chat as check
 #
 # difficulty 3/5 · importance 4/5 · 20 minutes
 #
-# An answer is to end before the first of some stop strings. It comes bit by bit, and what is on the screen cannot be taken back.
-# Given the text that has come but has not been shown, return `(shown, held, ended)`: what may be shown now, what must wait since it
-# may turn out to begin a stop string (no more than that), and whether the answer has ended. After the end nothing is held.
+# An answer is to end before the first of some stop strings. It comes bit by bit, and what is on the screen cannot be
+# taken back. Given the text that has come but has not been shown, return `(shown, held, ended)`: what may be shown
+# now, what must wait since it may turn out to begin a stop string (no more than that), and whether the answer has
+# ended. After the end nothing is held.
 
 # %%
 def hold_back(text, stops):
@@ -44,11 +45,11 @@ check.hold_back(hold_back)
 #
 # difficulty 3/5 · importance 4/5 · 25 minutes
 #
-# A server sends events: each is one or more lines `data: …`, then an empty line. The network cuts the bytes wherever it likes,
-# between two lines or inside a character. Yield the data of each event as a string, as soon as its empty line is there; several data
-# lines of one event are joined by a line break. Lines end with `\n` or `\r\n`; one blank after the colon is not part of the data;
-# lines of other fields (`event: …`, `id: …`) and comments (`: …`) are skipped; an event without data is none. `[DONE]` ends it all,
-# and is not yielded.
+# A server sends events: each is one or more lines `data: …`, then an empty line. The network cuts the bytes wherever
+# it likes, between two lines or inside a character. Yield the data of each event as a string, as soon as its empty
+# line is there; several data lines of one event are joined by a line break. Lines end with `\n` or `\r\n`; one blank
+# after the colon is not part of the data; lines of other fields (`event: …`, `id: …`) and comments (`: …`) are
+# skipped; an event without data is none. `[DONE]` ends it all, and is not yielded.
 
 # %%
 def events(chunks):
@@ -63,9 +64,9 @@ check.events(events)
 #
 # difficulty 2/5 · importance 4/5 · 15 minutes
 #
-# A conversation grows until the context is full. Leave out the oldest exchanges (a question with its answer), as few as
-# possible, so that `count(messages)`, the tokens of what is left, is at most `budget`. A system message at the start stays, and so does
-# the last message, even if that alone is too long. The list you were given is not changed.
+# A conversation grows until the context is full. Leave out the oldest exchanges (a question with its answer), as few
+# as possible, so that `count(messages)`, the tokens of what is left, is at most `budget`. A system message at the
+# start stays, and so does the last message, even if that alone is too long. The list you were given is not changed.
 
 # %%
 def fit(messages, count, budget):
@@ -80,10 +81,11 @@ check.fit(fit)
 #
 # difficulty 1/5 · importance 3/5 · 10 minutes
 #
-# A server writes 8 answers at once, each in about 2 seconds, so it answers 4 questions a second. Now 6 a second arrive. A line
-# of some length takes the surplus; whoever finds it full is refused at once. `simulate(line)` gives the share of refused
-# questions and the wait that 99 % of the others did not exceed. What is the longest line (in steps of 4) with which that wait stays
-# under 10 seconds? Then double the line. How many more are served? And could you have known the answer without a simulation?
+# A server writes 8 answers at once, each in about 2 seconds, so it answers 4 questions a second. Now 6 a second
+# arrive. A line of some length takes the surplus; whoever finds it full is refused at once. `simulate(line)` gives
+# the share of refused questions and the wait that 99 % of the others did not exceed. What is the longest line (in
+# steps of 4) with which that wait stays under 10 seconds? Then double the line. How many more are served? And could
+# you have known the answer without a simulation?
 
 # %%
 def simulate(line, rate=6.0, rows=8, seconds=2000.0, seed=0):

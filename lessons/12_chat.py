@@ -329,8 +329,9 @@ class ChatSession:
             self.model, self.answers = model, {}
 
 # %% [markdown]
-# A conversation worth keeping is kept twice: as Markdown for people, and as a line of JSON, the very format that lesson
-# 09 trains on (`chat_sft --data FILE`). So a good talk, its bad answers mended by hand, can become a lesson for the model.
+# A conversation worth keeping is kept twice: as Markdown for people, and as a line of JSON, the very format that
+# lesson 09 trains on (`chat_sft --data FILE`). So a good talk, its bad answers mended by hand, can become a lesson
+# for the model.
 
 # %%
 #| export transcript
@@ -379,12 +380,13 @@ def code(part: dict) -> str:
 
 
 def save(messages: list[dict], folder: str | Path = ".", model: str = "") -> list[Path]:
-    """Write chat-DATE-TIME.jsonl and .md into a folder; returns their paths. NanochatError if there is nothing to write."""
+    """Write chat-DATE-TIME.jsonl and .md into a folder; returns their paths. NanochatError if there is nothing yet."""
     if not answered(messages):
         raise NanochatError("nothing to save yet: have something answered first")
     stem = f"chat-{time.strftime('%Y%m%d-%H%M%S')}"
     about = {"model": model} if model else {}
-    texts = {".jsonl": as_json(messages, **about), ".md": as_markdown(messages, f"A conversation with {model or 'a model'}")}
+    title = f"A conversation with {model or 'a model'}"
+    texts = {".jsonl": as_json(messages, **about), ".md": as_markdown(messages, title)}
     for suffix, text in texts.items():
         with write_aside(Path(folder) / (stem + suffix)) as path:
             path.write_text(text, encoding="utf-8", errors="replace")
@@ -505,7 +507,7 @@ _ = figure.colorbar(image, label="probability")
 
 # %%
 #| export chat_html
-"""A conversation as HTML for the notebook: all that was said is escaped, its tokens coloured by probability on demand."""
+"""A conversation as HTML for the notebook: everything said is escaped; on demand tokens are coloured by probability."""
 
 # %%
 #| export chat_html
@@ -553,8 +555,8 @@ def frame(role: str, inner: str) -> str:
 CARDS = """<style>
 .chat-token { cursor: help; border-radius: 3px; outline: none } .chat-token:focus { box-shadow: 0 0 0 2px currentColor }
 .chat-cards { position: relative; padding-bottom: 8.6em } .chat-mark { opacity: 0.55; font-size: 80% }
-.chat-card { display: none; position: absolute; left: 12px; bottom: 6px; height: 7.8em; line-height: 1.3; white-space: pre;
-             font-family: monospace; font-size: 90%; background: var(--jp-layout-color1, #fff) }
+.chat-card { display: none; position: absolute; left: 12px; bottom: 6px; height: 7.8em; line-height: 1.3;
+             white-space: pre; font-family: monospace; font-size: 90%; background: var(--jp-layout-color1, #fff) }
 .chat-token:hover .chat-card { display: block; z-index: 2 } .chat-token:focus .chat-card { display: block; z-index: 1 }
 </style>"""
 MARKS = {" ": "·", "\n": "⏎", "\t": "→"}  # in cards, blanks are shown
@@ -860,9 +862,9 @@ for one in range(len(maps)):
             print(f"without layer {one}, head {other}: {sureness():.2f}")
 
 # %% [markdown]
-# In a model of the `laptop` preset one head does the copying, and without it the numbers are gone; the tour's model has
-# not learned to copy yet. Heads that find what came before are among the first things that attention learns, and much of
-# what looks like reasoning stands on them (Olsson et al., *In-context Learning and Induction Heads*, 2022).
+# In a model of the `laptop` preset one head does the copying, and without it the numbers are gone; the tour's model
+# has not learned to copy yet. Heads that find what came before are among the first things that attention learns, and
+# much of what looks like reasoning stands on them (Olsson et al., *In-context Learning and Induction Heads*, 2022).
 
 # %% [markdown]
 # ## The terminal
@@ -890,8 +892,8 @@ from nanochat_lib.transcript import save
 
 # %%
 #| export scripts/chat_cli
-HELP = ("/clear forgets the conversation, /retry answers again, /save keeps it in a file, /quit leaves (so does Ctrl-D); "
-        "Ctrl-C stops an answer")
+HELP = ("/clear forgets the conversation, /retry answers again, /save keeps it in a file, /quit leaves (so does "
+        "Ctrl-D); Ctrl-C stops an answer")
 BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("[= ", "]")}
 
 
@@ -1489,7 +1491,8 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     async def guard(request: Request) -> None:
         sent = request.headers.get("authorization", "").encode("latin-1")
         if key and not hmac.compare_digest(sent, b"Bearer " + key.encode()):  # takes as long, however much is right
-            raise ApiError(401, "this server wants its key: send it as Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(401, "this server wants its key: send it as Authorization: Bearer KEY",
+                           code="invalid_api_key")
 
     guarded = [Depends(guard)]
 
@@ -1621,19 +1624,19 @@ from dataclasses import dataclass, field
 # %%
 #| export load
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-WRONG = [  # in place of a field of a good request
-    ("messages", value) for value in (None, [], {}, "hi", [None], [["user", "hi"]], [{"role": "user"}], [{"content": "hi"}],
-                                      [{"role": "robot", "content": "hi"}], [{"role": "user", "content": {"a": 1}}],
-                                      [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-                                      [{"role": "user", "content": "x" * 8001}], [{"role": "assistant", "content": "hi"}],
-                                      [{"role": "user", "content": "hi"}] * 501)
+WRONG = [("messages", value) for value in (  # in place of a field of a good request
+    None, [], {}, "hi", [None], [["user", "hi"]], [{"role": "user"}], [{"content": "hi"}],
+    [{"role": "robot", "content": "hi"}], [{"role": "assistant", "content": "hi"}],
+    [{"role": "user", "content": {"a": 1}}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+    [{"role": "user", "content": "x" * 8001}], [{"role": "user", "content": "hi"}] * 501)
 ] + [("temperature", value) for value in (-1, 2.5, "hot", [], True, 1e999)] + [
     ("max_tokens", value) for value in (0, -5, 5000, 1.5, "many", {})] + [
     ("top_p", value) for value in (0, 1.1, "x")] + [("top_k", value) for value in (-1, 201, 0.5)] + [
     ("n", 3), ("stop", 5), ("stop", [""]), ("stop", ["a"] * 5), ("seed", "x"), ("seed", 10**30), ("stream", "yes"),
     ("stream_options", 3), ("logprobs", 1), ("top_logprobs", 5), ("model", "gpt-0"), ("model", {"a": []}),
     ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"})]
-RAW = [b"", b"{", b"null", b"[]", b'"hi"', b"\xff\xfe\x00", b"[" * 50_000, b'{"messages": ' + b"9" * 5000 + b"}", b" " * (1 << 20) + b" {}"]
+RAW = [b"", b"{", b"null", b"[]", b'"hi"', b"\xff\xfe\x00", b"[" * 50_000, b'{"messages": ' + b"9" * 5000 + b"}",
+       b" " * (1 << 20) + b" {}"]
 
 
 def malformed(dice: random.Random) -> bytes:
@@ -1647,9 +1650,9 @@ def malformed(dice: random.Random) -> bytes:
 
 def http(host: str, method: str, path: str, body: bytes, key: str = "") -> bytes:
     """A whole HTTP/1.1 request, the connection closed after it."""
-    secret = f"Authorization: Bearer {key}\r\n" if key else ""
-    return (f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/json\r\n{secret}"
-            f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", "Content-Type: application/json",
+             f"Content-Length: {len(body)}", *[f"Authorization: Bearer {key}"] * bool(key), "", ""]
+    return "\r\n".join(lines).encode() + body
 
 # %%
 #| export load
@@ -1658,7 +1661,7 @@ class Results:
     """What the clients saw."""
 
     statuses: Counter = field(default_factory=Counter)  # of malformed requests
-    outcomes: Counter = field(default_factory=Counter)  # of others: right, wrong, crossed, lost, failed, refused, or left
+    outcomes: Counter = field(default_factory=Counter)  # of others: right, wrong, crossed, lost, failed, refused, left
     first_token: list[float] = field(default_factory=list)  # seconds until it came
     seconds: float = 0.0
     memory: list[int] = field(default_factory=list)  # bytes the server held after each quarter
@@ -1678,7 +1681,7 @@ class Results:
 
 
 class Load:
-    """Clients of the server at host:port. `expected` has every proper request's body as JSON and the answer due to it."""
+    """Clients of the server at host:port. `expected` has each proper request's body as JSON, and the answer to it."""
 
     def __init__(self, address: str, expected: dict[str, str], vanish: float = 0.1, seed: int = 0, key: str = ""):
         self.host, self.port = address.rsplit(":", 1)
@@ -1862,7 +1865,8 @@ async def reference(load: Load, requests: list[str]) -> dict[str, str]:
         status, reply = await load.ask("POST", "/v1/chat/completions", json.dumps(
             {**json.loads(request), "stream": False}).encode())
         if status != 200:
-            raise NanochatError(f"{load.address} answered {status} to a proper request: {reply[:200].decode(errors='replace')}")
+            said = reply[:200].decode(errors="replace")
+            raise NanochatError(f"{load.address} answered a proper request with status {status}: {said}")
         message = json.loads(reply)["choices"][0]["message"]
         parts = message.get("parts") or [{"text": message["content"]}]
         answers[request] = "".join(part["text"] for part in parts)
@@ -1898,9 +1902,10 @@ def report(settings: ChatLoad, results: Results) -> None:
     print(f"{settings.clients} clients, {settings.requests:,} requests in {results.seconds:.1f} s: "
           f"{settings.requests / results.seconds:.0f} a second")
     print(f"proper or left: {counts}\nmalformed, with the status they got: {refused}")
-    print(f"time to the first token: median {results.quantile(0.5) * 1e3:.0f} ms, p99 {results.quantile(0.99) * 1e3:.0f} ms")
+    half, most = (1e3 * results.quantile(share) for share in (0.5, 0.99))
+    print(f"time to the first token: median {half:.0f} ms, p99 {most:.0f} ms")
     if results.memory[0]:
-        print("server's memory after each quarter: " + ", ".join(f"{size / 1e6:.0f}" for size in results.memory) + " MB")
+        print(f"server's memory after each quarter: {', '.join(f'{size / 1e6:.0f}' for size in results.memory)} MB")
 
 # %%
 #| export scripts/chat_load
@@ -1946,7 +1951,8 @@ def chat_load(settings: ChatLoad) -> None:
         raise NanochatError("; ".join(outcome[0].faults))
 
 # %% [markdown]
-# The server above, on the trained model, for a small taste of it (the command's own default is 2,000 requests of 32 clients):
+# The server above, on the trained model, for a small taste of it (the command's own default is 2,000 requests of 32
+# clients):
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1954,9 +1960,9 @@ chat_load(ChatLoad(address=f"127.0.0.1:{port}", requests=80, clients=8, prompts=
 server.should_exit = True
 
 # %% [markdown]
-# With OpenAI's own client it is `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. `stop`, `seed`, `top_p`,
-# `logprobs` and their like are heeded; what would be ignored (`n`, `tools`, `response_format`) is refused. And what is wrong
-# with a request is said before any model works on it:
+# With OpenAI's own client it is `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. `stop`, `seed`,
+# `top_p`, `logprobs` and their like are heeded; what would be ignored (`n`, `tools`, `response_format`) is refused.
+# And what is wrong with a request is said before any model works on it:
 
 # %%
 for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "user", "content": "x" * 9000}]):
@@ -1968,8 +1974,8 @@ for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "
 # %% [markdown]
 # ## Where it fails
 #
-# Four questions: one of the kind it was taught, one about itself, one outside its world, one that looks like its sums but
-# asks for larger numbers than it ever saw.
+# Four questions: one of the kind it was taught, one about itself, one outside its world, one that looks like its sums
+# but asks for larger numbers than it ever saw.
 
 # %%
 # NBVAL_IGNORE_OUTPUT

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-WRONG = [  # in place of a field of a good request
-    ("messages", value) for value in (None, [], {}, "hi", [None], [["user", "hi"]], [{"role": "user"}], [{"content": "hi"}],
-                                      [{"role": "robot", "content": "hi"}], [{"role": "user", "content": {"a": 1}}],
-                                      [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-                                      [{"role": "user", "content": "x" * 8001}], [{"role": "assistant", "content": "hi"}],
-                                      [{"role": "user", "content": "hi"}] * 501)
+WRONG = [("messages", value) for value in (  # in place of a field of a good request
+    None, [], {}, "hi", [None], [["user", "hi"]], [{"role": "user"}], [{"content": "hi"}],
+    [{"role": "robot", "content": "hi"}], [{"role": "assistant", "content": "hi"}],
+    [{"role": "user", "content": {"a": 1}}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+    [{"role": "user", "content": "x" * 8001}], [{"role": "user", "content": "hi"}] * 501)
 ] + [("temperature", value) for value in (-1, 2.5, "hot", [], True, 1e999)] + [
     ("max_tokens", value) for value in (0, -5, 5000, 1.5, "many", {})] + [
     ("top_p", value) for value in (0, 1.1, "x")] + [("top_k", value) for value in (-1, 201, 0.5)] + [
     ("n", 3), ("stop", 5), ("stop", [""]), ("stop", ["a"] * 5), ("seed", "x"), ("seed", 10**30), ("stream", "yes"),
     ("stream_options", 3), ("logprobs", 1), ("top_logprobs", 5), ("model", "gpt-0"), ("model", {"a": []}),
     ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"})]
-RAW = [b"", b"{", b"null", b"[]", b'"hi"', b"\xff\xfe\x00", b"[" * 50_000, b'{"messages": ' + b"9" * 5000 + b"}", b" " * (1 << 20) + b" {}"]
+RAW = [b"", b"{", b"null", b"[]", b'"hi"', b"\xff\xfe\x00", b"[" * 50_000, b'{"messages": ' + b"9" * 5000 + b"}",
+       b" " * (1 << 20) + b" {}"]
 
 
 def malformed(dice: random.Random) -> bytes:
@@ -38,9 +38,9 @@ def malformed(dice: random.Random) -> bytes:
 
 def http(host: str, method: str, path: str, body: bytes, key: str = "") -> bytes:
     """A whole HTTP/1.1 request, the connection closed after it."""
-    secret = f"Authorization: Bearer {key}\r\n" if key else ""
-    return (f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/json\r\n{secret}"
-            f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", "Content-Type: application/json",
+             f"Content-Length: {len(body)}", *[f"Authorization: Bearer {key}"] * bool(key), "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Results:
     """What the clients saw."""
 
     statuses: Counter = field(default_factory=Counter)  # of malformed requests
-    outcomes: Counter = field(default_factory=Counter)  # of others: right, wrong, crossed, lost, failed, refused, or left
+    outcomes: Counter = field(default_factory=Counter)  # of others: right, wrong, crossed, lost, failed, refused, left
     first_token: list[float] = field(default_factory=list)  # seconds until it came
     seconds: float = 0.0
     memory: list[int] = field(default_factory=list)  # bytes the server held after each quarter
@@ -68,7 +68,7 @@ class Results:
 
 
 class Load:
-    """Clients of the server at host:port. `expected` has every proper request's body as JSON and the answer due to it."""
+    """Clients of the server at host:port. `expected` has each proper request's body as JSON, and the answer to it."""
 
     def __init__(self, address: str, expected: dict[str, str], vanish: float = 0.1, seed: int = 0, key: str = ""):
         self.host, self.port = address.rsplit(":", 1)

@@ -42,12 +42,13 @@ def code(part: dict) -> str:
 
 
 def save(messages: list[dict], folder: str | Path = ".", model: str = "") -> list[Path]:
-    """Write chat-DATE-TIME.jsonl and .md into a folder; returns their paths. NanochatError if there is nothing to write."""
+    """Write chat-DATE-TIME.jsonl and .md into a folder; returns their paths. NanochatError if there is nothing yet."""
     if not answered(messages):
         raise NanochatError("nothing to save yet: have something answered first")
     stem = f"chat-{time.strftime('%Y%m%d-%H%M%S')}"
     about = {"model": model} if model else {}
-    texts = {".jsonl": as_json(messages, **about), ".md": as_markdown(messages, f"A conversation with {model or 'a model'}")}
+    title = f"A conversation with {model or 'a model'}"
+    texts = {".jsonl": as_json(messages, **about), ".md": as_markdown(messages, title)}
     for suffix, text in texts.items():
         with write_aside(Path(folder) / (stem + suffix)) as path:
             path.write_text(text, encoding="utf-8", errors="replace")

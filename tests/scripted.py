@@ -15,7 +15,8 @@ from nanochat_lib.scripts.chat_web import ChatWeb, make_app
 from nanochat_lib.serving import Pool
 
 LONG = "word " * 500  # never ends by itself before a test stops it
-MARKDOWN = "# Plan\nUse **bold** and `code`, not <b>tags</b>: 2**3**2\n```python\nprint('<i>')  # **no**\n```\n#### 40 [x](http://x.y)"
+MARKDOWN = ("# Plan\nUse **bold** and `code`, not <b>tags</b>: 2**3**2\n```python\nprint('<i>')  # **no**\n```\n"
+            "#### 40 [x](http://x.y)")
 
 
 class ScriptedBatch(Batch):

@@ -151,7 +151,8 @@ def test_page_shows_markdown_as_elements_and_everything_else_as_text(server, ope
     box = page.query_selector(".assistant > span")
     assert [node.inner_text() for node in box.query_selector_all("strong")] == ["Plan", "bold"]
     assert [node.inner_text() for node in box.query_selector_all("code")] == ["code", "print('<i>')  # **no**"]
-    assert box.evaluate("node => [...node.querySelectorAll('*')].map(x => x.tagName).sort().join(' ')") == "CODE CODE PRE STRONG STRONG"
+    tags = box.evaluate("node => [...node.querySelectorAll('*')].map(x => x.tagName)")
+    assert sorted(tags) == ["CODE", "CODE", "PRE", "STRONG", "STRONG"]
     assert "not <b>tags</b>: 2**3**2" in box.inner_text() and "#### 40 [x](http://x.y)" in box.inner_text()
     with page.expect_request("**/v1/chat/completions") as sent:
         page.click("text=Answer again")
@@ -235,7 +236,7 @@ def lab(tmp_path, base_dir):
 
 
 def run_all(page):
-    """Run the notebook; a click that comes before JupyterLab is quite ready is lost, so look whether it did anything."""
+    """Run the notebook; a click that comes before JupyterLab is ready is lost, so look whether it did anything."""
     from playwright.sync_api import TimeoutError
 
     begun = ", ".join(f".jp-InputPrompt:has-text('[{sign}]')" for sign in "*1")

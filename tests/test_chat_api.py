@@ -1,4 +1,4 @@
-"""What OpenAI's clients send beside the messages: stop strings, log-probabilities, keys, other web sites; and the engine's word."""
+"""What OpenAI's clients send beside the messages: stop strings, log-probabilities, keys; and other web sites."""
 
 import asyncio
 import json
@@ -23,7 +23,8 @@ def model(make_model, tokenizer):
 
 
 def ask(url, text, **more):
-    answer = httpx.post(url + "/v1/chat/completions", json={"messages": [{"role": "user", "content": text}], **more}, timeout=20)
+    body = {"messages": [{"role": "user", "content": text}], **more}
+    answer = httpx.post(url + "/v1/chat/completions", json=body, timeout=20)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -45,7 +46,10 @@ def by_hand(text, stops):
     return text[:min(places, default=len(text))]
 
 
-@pytest.mark.parametrize("stop", [("w",), ("ord",), ("d w",), ("known",), ("né",), ("日本)",), ("xyz", "me: b"), ("aab", "aac"), ()])
+STOPS = [("w",), ("ord",), ("d w",), ("known",), ("né",), ("日本)",), ("xyz", "me: b"), ("aab", "aac"), ()]
+
+
+@pytest.mark.parametrize("stop", STOPS)
 def test_reader_ends_before_a_stop_string_however_its_tokens_fall(tokenizer, stop):
     for text in ("a word well known: né 日本)", "You name me: b", "aaaaab", "aaaab and aac", "wor", ""):
         for cut in (1, 2, 3, 100):  # tokens of one byte, or as the tokenizer has it
@@ -89,7 +93,8 @@ def test_logprobs_are_the_models_own_whole_and_streamed(plain, tokenizer):
         whole, (text, _, events) = ask(url, "hello", **settings), streamed(url, "hello", **settings)
         bare = ask(url, "hello", temperature=0, max_tokens=4)
     content = whole["choices"][0]["logprobs"]["content"]
-    spoken = [entry for event in events if event["choices"] for entry in (event["choices"][0]["logprobs"] or {}).get("content", [])]
+    news = [event["choices"][0]["logprobs"] for event in events if event["choices"]]
+    spoken = [entry for some in news if some for entry in some["content"]]
     assert spoken == content and bare["choices"][0]["logprobs"] is None and len(content) > 3
     answer = Answer(plain, [{"role": "user", "content": "hello"}], Sampling(1.0, max_tokens=24, seed=3))
     assert "".join(piece.text for piece in answer if piece.kind == "text") == text
@@ -110,7 +115,8 @@ def test_logprobs_are_the_models_own_whole_and_streamed(plain, tokenizer):
 
 def test_half_a_request_is_not_waited_for_for_ever(model, monkeypatch, capfd):
     monkeypatch.setattr("nanochat_lib.scripts.chat_web.SECONDS_TO_SEND", 0.2)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json",
+                        "Content-Length: 99", "", "{"]).encode()
     with serving(model) as (url, pool):
         address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
         with socket.create_connection(address, 10) as connection:

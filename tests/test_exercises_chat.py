@@ -28,7 +28,8 @@ def test_the_library_passes_too(tokenizer, base_dir):
 
 def test_measured_answers(solutions, base_dir):
     assert check.longest_line(solutions["answer"]).passed
-    for answer, sentence in ((12, "may be longer"), (64, "too long"), (32, "Near"), (40, "Near"), (35, "0, 4, 8"), (9.6, "not a float")):
+    wrong = {12: "may be longer", 64: "too long", 32: "Near", 40: "Near", 35: "0, 4, 8", 9.6: "not a float"}
+    for answer, sentence in wrong.items():
         verdict = check.longest_line(answer)
         assert verdict.state == "wrong" and sentence in verdict.sentence, verdict
     assert check.longest_line(None).state == "not done yet"
@@ -122,7 +123,8 @@ def test_wrong_event_readers(wrong, sentence, base_dir):
     assert verdict.state == "wrong" and sentence in verdict.sentence, verdict
 
 
-def forgetting(step=2, system=True, least=1, above=lambda size, budget: size > budget, counted=True, from_end=False, changes=False):
+def forgetting(step=2, system=True, least=1, above=int.__gt__, counted=True, from_end=False, changes=False):
+    """An answer that forgets in one wrong way or another."""
     def fit(messages, count, budget):
         first = 1 if messages[0]["role"] == "system" and system else 0
         kept, rest = messages[:first], messages[first:]
@@ -139,7 +141,7 @@ def forgetting(step=2, system=True, least=1, above=lambda size, budget: size > b
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    (forgetting(above=lambda size, budget: size >= budget), "nothing is left out"),
+    (forgetting(above=int.__ge__), "nothing is left out"),
     (forgetting(step=1), "leave out both"),
     (forgetting(from_end=True), "the oldest question goes"),
     (forgetting(least=3), "only the last message"),

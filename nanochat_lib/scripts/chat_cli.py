@@ -15,8 +15,8 @@ from nanochat_lib.common import NanochatError, pick_device, run_cli
 from nanochat_lib.transcript import save
 
 
-HELP = ("/clear forgets the conversation, /retry answers again, /save keeps it in a file, /quit leaves (so does Ctrl-D); "
-        "Ctrl-C stops an answer")
+HELP = ("/clear forgets the conversation, /retry answers again, /save keeps it in a file, /quit leaves (so does "
+        "Ctrl-D); Ctrl-C stops an answer")
 BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("[= ", "]")}
 
 

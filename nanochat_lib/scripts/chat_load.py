@@ -91,7 +91,8 @@ async def reference(load: Load, requests: list[str]) -> dict[str, str]:
         status, reply = await load.ask("POST", "/v1/chat/completions", json.dumps(
             {**json.loads(request), "stream": False}).encode())
         if status != 200:
-            raise NanochatError(f"{load.address} answered {status} to a proper request: {reply[:200].decode(errors='replace')}")
+            said = reply[:200].decode(errors="replace")
+            raise NanochatError(f"{load.address} answered a proper request with status {status}: {said}")
         message = json.loads(reply)["choices"][0]["message"]
         parts = message.get("parts") or [{"text": message["content"]}]
         answers[request] = "".join(part["text"] for part in parts)
@@ -127,9 +128,10 @@ def report(settings: ChatLoad, results: Results) -> None:
     print(f"{settings.clients} clients, {settings.requests:,} requests in {results.seconds:.1f} s: "
           f"{settings.requests / results.seconds:.0f} a second")
     print(f"proper or left: {counts}\nmalformed, with the status they got: {refused}")
-    print(f"time to the first token: median {results.quantile(0.5) * 1e3:.0f} ms, p99 {results.quantile(0.99) * 1e3:.0f} ms")
+    half, most = (1e3 * results.quantile(share) for share in (0.5, 0.99))
+    print(f"time to the first token: median {half:.0f} ms, p99 {most:.0f} ms")
     if results.memory[0]:
-        print("server's memory after each quarter: " + ", ".join(f"{size / 1e6:.0f}" for size in results.memory) + " MB")
+        print(f"server's memory after each quarter: {', '.join(f'{size / 1e6:.0f}' for size in results.memory)} MB")
 
 
 def chat_load(settings: ChatLoad) -> None:

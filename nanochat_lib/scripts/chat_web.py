@@ -106,7 +106,8 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     async def guard(request: Request) -> None:
         sent = request.headers.get("authorization", "").encode("latin-1")
         if key and not hmac.compare_digest(sent, b"Bearer " + key.encode()):  # takes as long, however much is right
-            raise ApiError(401, "this server wants its key: send it as Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(401, "this server wants its key: send it as Authorization: Bearer KEY",
+                           code="invalid_api_key")
 
     guarded = [Depends(guard)]
 
