@@ -473,7 +473,7 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
 #| export kernels/flash_attention
 SETTINGS = {  # head dimension → BLOCK_M, BLOCK_N, num_warps, num_stages; two-byte numbers, Hopper and later
     "forward": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dq": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dq": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
     "dkdv": {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
 }
 SMALL = {  # chips with less shared memory, whose tensor cores take their numbers from registers
