@@ -37,7 +37,7 @@ def wanted() -> str:
 
 
 def lacks(way: str, device: str, usual: bool) -> str:
-    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; `usual`: its heads; "" if it can."""
+    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; "" if it can. `usual`: heads."""
     if way in FAILED:
         return "it failed before"
     if not HAVE_TRITON:
@@ -105,6 +105,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | N
     if way in ("flex", "triton"):
         try:
             return flex(q, k, v, window) if way == "flex" else triton_attention(q, k, v, window)
+        except ValueError as error:  # heads or numbers that the kernel does not take
+            notice(f"{way} not used: {error}")
         except Exception as error:  # no compiler, a driver too old…: the run goes on
             give_up(way, error)
     if window is None or window >= q.size(1) - 1:

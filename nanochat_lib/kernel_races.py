@@ -92,7 +92,7 @@ def backward_of(run: Callable, leaves: tuple[torch.Tensor, ...]) -> Callable:
 
 
 def attention_rows(bench: Bench, B: int, T: int, window: int, flex_full: bool, H: int = 16, D: int = 128) -> None:
-    """Both passes with a window, then each pass full; bfloat16. A pass of FlexAttention costs a compilation, so it is asked for."""
+    """Both passes with a window, then each pass full; bfloat16. `flex_full`: FlexAttention there too, a compilation."""
     q, k, v = (torch.randn(B, T, H, D, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     pull, full, case = torch.randn_like(q), 4 * B * H * D * pairs(T, None), f"T {T:,}"
 
@@ -105,7 +105,7 @@ def attention_rows(bench: Bench, B: int, T: int, window: int, flex_full: bool, H
     work = {name: 3.5 * (full if name.endswith("full") else banded) for name in contestants}
     bench.measure("forward + backward", f"{case}, window {window:,}", contestants, work, "TFLOP/s")
     every = OURS | SDPA | (FLEX if flex_full else {})
-    contestants = {name: lambda run=run: run(q, k, v) for name, run in every.items()}  # as in training: ready for backward
+    contestants = {name: lambda run=run: run(q, k, v) for name, run in every.items()}  # as in training, with logsumexp
     bench.measure("forward", case, contestants, full, "TFLOP/s")
     contestants = {name: backward_of(run, (q, k, v)) for name, run in every.items()}
     bench.measure("backward", case, contestants, 2.5 * full, "TFLOP/s")

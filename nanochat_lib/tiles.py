@@ -28,7 +28,8 @@ class Step:
     out: torch.Tensor  # (M, D) the answer so far: weighted sum of values over running sum
 
 
-def walk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, n: int, window: int | None = None) -> list[Step]:
+def walk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, n: int,
+         window: int | None = None) -> list[Step]:
     """The tiles that queries q (M, D) at positions start… visit among k, v (T, D), n keys each, one Step a tile."""
     M, D = q.shape
     rows, first = torch.arange(start, start + M), 0 if window is None else max(0, start - window) // n

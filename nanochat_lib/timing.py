@@ -38,7 +38,7 @@ def race(contestants: dict[str, Callable[[], object]], device: torch.device | st
          seconds: float = 2.0) -> tuple[dict[str, float], dict[str, str]]:
     """Medians in milliseconds of interleaved rounds, and why each contestant that raised is not among them.
 
-    Every contestant runs twice unmeasured (compilers, caches). Stops after `rounds` or `seconds`, but after three rounds.
+    Every contestant runs twice unmeasured (compilers, caches). Ends after `rounds` or `seconds`, but not before three.
     """
     on_gpu, able, failed = torch.device(device).type == "cuda", {}, {}
     for name, run in contestants.items():

@@ -152,6 +152,17 @@ def test_a_way_that_fails_is_left_for_good(monkeypatch, capsys):
     assert "flex" in module.FAILED and "division by zero" in capsys.readouterr().err
 
 
+def test_a_shape_the_kernel_does_not_take_is_no_failure(monkeypatch, capsys):
+    monkeypatch.setattr(module, "FAILED", set())
+    monkeypatch.setattr(module, "backend", lambda q, window=None: "triton")
+    monkeypatch.setattr(module, "triton_attention", lambda *_: (_ for _ in ()).throw(ValueError("heads of 32")))
+    module.notice.cache_clear()
+    q, k, v = inputs(1, 40, 2, 1, 32)
+    for _ in range(2):
+        close(attention(q, k, v, 5), slow(q, k, v, 5)[0], 1e-5)
+    assert not module.FAILED and capsys.readouterr().err == "attention: triton not used: heads of 32\n"
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_torch_compile_takes_it_whole(window):
     q, k, v = inputs(1, 20, 2, 1, 32)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,8 +79,25 @@ def test_faults_are_named(tmp_path):
     assert large["shared_kib"] == fine["shared_kib"] and "more shared memory than the 1 KiB of sm_80" in large["fault"]
 
 
+def test_serialized_products_are_a_fault(monkeypatch):
+    """What the assembler says of Hopper's asynchronous products: nothing, something harmless, the fault."""
+    said = ""
+
+    def build(*_):
+        print(f"ptxas info : {said}")
+        return SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(shared=1024, num_warps=4))
+
+    monkeypatch.setattr(compile_check, "build", build)
+    monkeypatch.setattr(compile_check, "resources", lambda cubin: {"registers": 200, "spilled_bytes": 0})
+    for said, fault in (("", ""), ("a wait is injected", ""), ("wgmma.mma_async instructions are serialized", "wait for")):
+        row = compile_check.report("loss_head", 0, 90)
+        assert fault in row["fault"] and bool(row["fault"]) == bool(fault), row
+
+
 def test_command_line(run_module, tmp_path):
     done = run_module("nanochat_lib.kernels.compile_check", "--modules", "nothing")
     assert done.returncode == 1 and "no kernels for module nothing: choose from" in done.stderr
     done = run_module("nanochat_lib.kernels.compile_check", "--chips", "70")
     assert done.returncode == 1 and "choose from 80, 90, 100" in done.stderr
+    done = run_module("nanochat_lib.kernels.compile_check", "--modules", "loss_head", "--only", "D=7")
+    assert done.returncode == 1 and "no kernel's name holds 'D=7'" in done.stderr

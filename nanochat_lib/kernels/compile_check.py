@@ -4,11 +4,13 @@
     python -m nanochat_lib.kernels.compile_check                       # every kernel of nanochat_lib/kernels
     python -m nanochat_lib.kernels.compile_check --modules flash_attention --chips 90 --json build/kernels.json
 
-Fails if a kernel spills registers to memory or wants more shared memory than the chip has.
+Fails if a kernel spills registers to memory, wants more shared memory than the chip has, or has products serialized.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import multiprocessing
 import os
 import re
@@ -25,11 +27,12 @@ CHIPS = {80: 163, 90: 227, 100: 227}  # compute capability × 10 → KiB of shar
 
 def modules() -> list[str]:
     """Modules beside this one that say what they launch, by a function compile_cases(capability)."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if "\ndef compile_cases(" in path.read_text())
+    here = Path(__file__).parent
+    return sorted(path.stem for path in here.glob("[a-z]*.py") if "\ndef compile_cases(" in path.read_text())
 
 
 def build(kernel, types: dict, constants: dict, options: dict, capability: int):
-    """Compile a kernel as it is launched: an argument without a type is "i32", "i32:16" is divisible by 16, pointers are."""
+    """Compile a kernel as it is launched. Arguments without a type: "i32"; "i32:16" and pointers divide by 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -38,8 +41,9 @@ def build(kernel, types: dict, constants: dict, options: dict, capability: int):
     if unknown := {*types, *constants} - set(kernel.arg_names):
         raise ValueError(f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}")
     kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds.values()) if kind[0] == "*" or ":16" in kind}
-    source = ASTSource(kernel, {name: kind.removesuffix(":16") for name, kind in kinds.items()}, constants, aligned)
+    aligned = [n for n, kind in enumerate(kinds.values()) if kind[0] == "*" or kind.endswith(":16")]
+    source = ASTSource(kernel, {name: kind.removesuffix(":16") for name, kind in kinds.items()}, constants,
+                       {(n,): [["tt.divisibility", 16]] for n in aligned})
     return compile(source, GPUTarget("cuda", capability, 32), options)
 
 
@@ -59,11 +63,13 @@ def report(module: str, index: int, capability: int) -> dict:
     """One row of the table: case `index` of a module, compiled for a chip."""
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it always was; without it Triton 3.9 warns
+    os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}  # what the assembler says, is printed
     cases = importlib.import_module(f"nanochat_lib.kernels.{module}").compile_cases(capability)
     label, kernel, types, constants, options = list(cases)[index]
     row = {"module": module, "case": label, "sm": capability, "fault": ""}
     try:
-        compiled = build(kernel, types, constants, options, capability)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = build(kernel, types, constants, options, capability)
     except Exception as error:  # the compiler's own words are the finding
         return row | {"fault": f"does not compile: {(str(error).splitlines() or [repr(error)])[0]}"}
     row |= resources(compiled.asm["cubin"]) | {"shared_kib": round(compiled.metadata.shared / 1024, 1),
@@ -71,12 +77,15 @@ def report(module: str, index: int, capability: int) -> dict:
     if row["spilled_bytes"]:
         row["fault"] = f"spills {row['spilled_bytes']} bytes a thread: give it more warps or smaller tiles"
     elif row["shared_kib"] > CHIPS[capability]:
-        row["fault"] = f"more shared memory than the {CHIPS[capability]} KiB of sm_{capability}: fewer stages or smaller tiles"
+        row["fault"] = (f"more shared memory than the {CHIPS[capability]} KiB of sm_{capability}: "
+                        "give it fewer stages or smaller tiles")
+    elif "instructions are serialized" in log.getvalue():
+        row["fault"] = "its products wait for each other (wgmma serialized): other tiles or warps"
     return row
 
 
 def check(names: list[str], chips: list[int], jobs: int | None = None, only: str = "") -> list[dict]:
-    """Rows for the cases of these modules on these chips, compiled in `jobs` fresh processes (default: one per core)."""
+    """Rows for the cases of these modules on these chips, compiled in `jobs` fresh processes (default: a core each)."""
     work = [(name, index, chip) for name in names for chip in chips
             for index, case in enumerate(importlib.import_module(f"nanochat_lib.kernels.{name}").compile_cases(chip))
             if only in case[0]]
@@ -88,11 +97,11 @@ def check(names: list[str], chips: list[int], jobs: int | None = None, only: str
 
 def table(rows: list[dict]) -> str:
     """The rows as text, faults behind them."""
-    lines = [f"{'kernel':34} {'chip':>6} {'registers':>9} {'spilled':>8} {'shared KiB':>11} {'of':>4} {'warps':>6}"]
+    lines = [f"{'kernel':48} {'chip':>6} {'registers':>9} {'spilled':>8} {'shared KiB':>11} {'of':>4} {'warps':>6}"]
     for row in rows:
-        lines.append(f"{row['module'] + ': ' + row['case']:34} {'sm_' + str(row['sm']):>6} {row.get('registers', '-'):>9} "
-                     f"{row.get('spilled_bytes', '-'):>8} {row.get('shared_kib', '-'):>11} {CHIPS[row['sm']]:>4} "
-                     f"{row.get('warps', '-'):>6}  {row['fault']}".rstrip())
+        registers, spilled, shared = (row.get(name, "-") for name in ("registers", "spilled_bytes", "shared_kib"))
+        lines.append(f"{row['module'] + ': ' + row['case']:48} {'sm_' + str(row['sm']):>6} {registers:>9} {spilled:>8} "
+                     f"{shared:>11} {CHIPS[row['sm']]:>4} {row.get('warps', '-'):>6}  {row['fault']}".rstrip())
     return "\n".join(lines)
 
 

@@ -127,7 +127,8 @@ def kernel_bench(settings: Settings) -> None:
         state = "not measured here" if isnan(row["measured"]) else "reached" if row["reached"] else "NOT reached"
         print0(f"{row['what']:52} {row['measured']:6.2f} {row['sign']} {row['bound']:.2f}  {state}")
     draw(bench, settings.out.with_suffix(".png"), " · ".join(f"{name} {value}" for name, value in about.items()))
-    print0(f"{settings.out.with_suffix('.json')} and .png written" + ("" if device.type == "cuda" else f"; the rest, {ON_GPU}"))
+    rest = "" if device.type == "cuda" else f"; the rest, {ON_GPU}"
+    print0(f"{settings.out.with_suffix('.json')} and .png written{rest}")
 
 
 if __name__ == "__main__":
