@@ -665,8 +665,8 @@ _ = ax.legend(fontsize=8)
 # Time follows from arithmetic where matrices are multiplied, and from bytes everywhere else. In a small model with a
 # large vocabulary the last matrix is most of the arithmetic; the deeper the model, the more the blocks are. Bytes are
 # what autograd keeps for the way back. Below: for 2,048 tokens, written plainly and as this library has it.
-# A norm keeps its result, which the next matrix keeps anyway, and not its input too. Attention with a window keeps
-# weights for the window only. And the loss, which plainly keeps its logits several times over in float32, keeps the
+# A norm keeps its result, which the next matrix keeps anyway, and not its input too. Attention never keeps the weights
+# of all pairs of tokens. And the loss, which plainly keeps its logits several times over in float32, keeps the
 # gradients of its inputs.
 
 # %%
@@ -702,7 +702,8 @@ def plain_attention(q):
 x = torch.randn(2048, 256, requires_grad=True)
 q = torch.randn(4, 2, 512, 128, requires_grad=True)
 weight, targets = torch.randn(32768, 256, requires_grad=True), torch.randint(0, 32768, (2048,))
-rows = {"norm and a matrix": (plain_norm_and_matrix, lambda x, matrix: norm(x * 1) @ matrix.T, [x, torch.eye(256)]),
+square = torch.randn(256, 256, requires_grad=True)
+rows = {"norm and a matrix": (plain_norm_and_matrix, lambda x, matrix: norm(x * 1) @ matrix.T, [x, square]),
         "attention": (plain_attention, lambda q: attention(*[q.transpose(1, 2)] * 3, 128), [q]),
         "softcap and loss": (plain_head, head_loss, [x, weight, targets])}
 megabytes = {name: [kept_bytes(function, *inputs) / 1e6 for function in pair] for name, (*pair, inputs) in rows.items()}
@@ -722,7 +723,7 @@ for place, (depth, vocabulary) in enumerate(((4, 1024), (4, 32768), (12, 32768),
 _ = left.set(yticks=range(4), yticklabels=("depth 4, 1,024 tokens", "depth 4, 32,768", "depth 12, 32,768",
                                            "depth 24, 32,768"), xlabel="share of a step's arithmetic", xlim=(0, 1))
 left.invert_yaxis()
-_ = left.legend(fontsize=7, ncols=2, loc="lower right")
+_ = left.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1))
 for number, label in enumerate(("plain", "ours")):
     _ = right.bar([place + 0.4 * number for place in range(len(megabytes))],
                   [pair[number] for pair in megabytes.values()], 0.4, label=label)
@@ -897,5 +898,6 @@ assert error < 0.05
 # 2. **apply_rotary_emb**: the right pairs, turned the right way.
 # 3. **SquaredRelu**: a formula with its gradient by hand.
 # 4. **parameters_by_depth**: what grows when only the depth is turned.
+# 5. **to_fp8**: sixteen bits into eight, with a scale.
 #
 # **Next:** [05 · The optimizer](05_optimizer.ipynb)

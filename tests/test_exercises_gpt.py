@@ -15,7 +15,7 @@ def kept_apart(base_dir):
 
 def test_solutions_pass():
     solutions = solutions_of("04_gpt")
-    for name in ("norm", "apply_rotary_emb", "SquaredRelu"):
+    for name in ("norm", "apply_rotary_emb", "SquaredRelu", "to_fp8"):
         verdict = getattr(check, name)(solutions[name])
         assert verdict.passed, verdict
     assert check.parameters_by_depth(solutions["answer"]).passed
@@ -23,10 +23,11 @@ def test_solutions_pass():
 
 
 def test_the_library_passes_too():
-    from nanochat_lib import fused, gpt
+    from nanochat_lib import fp8, fused, gpt
 
     assert check.apply_rotary_emb(gpt.apply_rotary_emb).passed
     assert check.SquaredRelu(fused.SquaredRelu).passed
+    assert check.to_fp8(fp8.to_fp8).passed
 
 
 def rms(x, scale=1.0, eps=1e-6, wide=True, dim=-1):
@@ -134,3 +135,27 @@ def test_an_empty_exercise_is_not_done_yet():
         assert getattr(check, name)(unwritten).state == "not done yet"
     assert check.SquaredRelu(function(unwritten, unwritten)).state == "not done yet"
     assert check.SquaredRelu(function(forward, unwritten)).state == "not done yet"
+
+
+def eight_bits(inverse=False, per_row=False, fixed=False, guard=1e-12, signed=False):
+    def cast(x, dtype):
+        largest = 448.0 if fixed else torch.finfo(dtype).max
+        size = x if signed else x.abs()
+        scale = (size.amax(-1, keepdim=True) if per_row else size.max()).float().clamp(min=guard) / largest
+        return (x.float() / scale).to(dtype), (1 / scale if inverse else scale)
+    return cast
+
+
+@pytest.mark.parametrize("answer, says", [
+    (lambda x, dtype: x.to(dtype), "Return two tensors"),
+    (lambda x, dtype: (x.to(dtype), 2 / 448), "one float32 tensor"),
+    (eight_bits(per_row=True), "one float32 tensor"),
+    (eight_bits(inverse=True), "the inverse"),
+    (eight_bits(signed=True), "in absolute value"),
+    (lambda x, dtype: (x.to(dtype), eight_bits()(x, dtype)[1]), "before the cast"),
+    (eight_bits(fixed=True), "ask finfo"),
+    (eight_bits(guard=0), "must stay zeros"),
+])
+def test_wrong_eight_bits(answer, says):
+    verdict = check.to_fp8(answer)
+    assert verdict.state == "wrong" and says in verdict.sentence, verdict

@@ -131,3 +131,39 @@ def parameters_by_depth(answer):
            "8 = 2³ is the growth of the matrices alone; N counts lm_head too, which only doubles.")
     expect(abs(growth - 4.8) > 0.06, "That is the growth of total: N leaves out wte and the value embeddings.")
     expect(abs(growth - 6.6) < 0.06, "N at depth 24 over N at depth 12: N = transformer_matrices + lm_head.")
+
+
+@exercise(difficulty=2, importance=3, minutes=15, hints=[
+    "scale = x.abs().max() / torch.finfo(dtype).max, as float32.",
+    "Divide, do not multiply: the entry that equals the maximum becomes finfo.max.",
+    "clamp(min=1e-12) on the maximum keeps zeros from dividing by zero; clamp(-largest, largest) before the cast.",
+])
+def to_fp8(answer):
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    x = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+    got = answer(x, e4m3)
+    expect(isinstance(got, tuple) and len(got) == 2, "Return two tensors: the 8-bit one and the scale.")
+    scaled, scale = got
+    expect_shape(scaled, (2, 2), e4m3)
+    expect(isinstance(scale, torch.Tensor) and scale.shape == () and scale.dtype == torch.float32,
+           "The scale is one float32 tensor without dimensions for the whole tensor.")
+    expect(not torch.isclose(scale, torch.tensor(224.0)),
+           "That is the inverse: the scale is the largest entry over the format's largest, and x is divided by it.")
+    expect_close(scale, torch.tensor(2 / 448), "The scale is the largest entry, in absolute value, over finfo.max.",
+                 atol=1e-6)
+    expect_close(scaled.float(), torch.tensor([[224.0, -448.0], [112.0, 0.0]]),
+                 "Divide x by the scale before the cast: its largest entry becomes ±448.")
+    expect_close(answer(x, e5m2)[1] * 57344, torch.tensor(2.0),
+                 "The largest number is another in each format: ask finfo(dtype).")
+    zeros, scale = answer(torch.zeros(2, 2), e4m3)
+    expect(bool(scale.isfinite()) and scale > 0 and torch.equal(zeros.float(), torch.zeros(2, 2)),
+           "Zeros must stay zeros: keep their maximum from being a divisor of 0.")
+    big = torch.full((2, 2), 60000.0, dtype=torch.float16)
+    expect_close(answer(big, e4m3)[0].float(), torch.full((2, 2), 448.0),
+                 "In float16 it went wrong: divide in float32, and clamp to the format's range before the cast.")
+    for seed in range(20):
+        x = 10.0 ** (seed - 10) * randn(64, seed=seed)
+        scaled, scale = answer(x, e4m3)
+        expect(bool(scaled.float().isfinite().all()), "An entry is not finite: clamp to the format's range first.")
+        error = (scaled.float() * scale - x).abs().max() / x.abs().max()
+        expect(error < 0.05, "Times its scale the tensor is not near x again.")
