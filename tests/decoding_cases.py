@@ -65,7 +65,7 @@ def check(lengths, T, KVH, group, D, window, seed=0, dtype=torch.float32, room=7
 WINDOWS = st.none() | st.sampled_from([0, 1, 63, 64, 200]) | st.integers(0, 150)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 140), min_size=1, max_size=3), st.integers(1, 4), st.sampled_from([1, 2]),
        st.sampled_from([1, 2, 3]), st.sampled_from([32, 64]), WINDOWS, st.integers(0, 999), st.sampled_from(DTYPES))
 def test_any_shape(lengths, T, KVH, group, D, window, seed, dtype):
@@ -84,7 +84,7 @@ def test_bfloat16():
     close(kernel.decode_attention(q, k, v, lengths), slow(q, k, v, lengths, None), torch.bfloat16)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 8, 32])
+@pytest.mark.parametrize("parts", [1, 3, 32])
 def test_any_number_of_parts(monkeypatch, parts):
     """Also more parts than tiles: the parts without keys count for nothing."""
     monkeypatch.setattr(kernel, "count_parts", lambda *args: parts)
@@ -109,7 +109,7 @@ def test_any_strides(view):
     check([5, 90], 1, 2, 2, 32, 40, view=view)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(0, 90), min_size=1, max_size=2), st.data(), st.integers(1, 3), st.sampled_from([1, 2]), WINDOWS)
 def test_rows_that_share_prompts(prompt_lengths, data, T, KVH, window):
     """A row's keys are its prompt's, then its own: as if both lay in one cache."""
