@@ -2820,5 +2820,7 @@ def train_bench(settings: TrainBench) -> None:
 # 2. `learning_rate_multiplier`: a rate for each step.
 # 3. `optimal_batch_size`: how large a batch?
 # 4. Measure: what does cropping cost, and why does the buffer hold 1,000 documents?
+# 5. `save` and `load`: an order of writes that survives a kill at any moment.
+# 6. `rows`: a loader that is stopped, and goes on as if nothing had happened.
 #
 # **Next:** [08 · The engine](08_engine.ipynb)

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 07 · Exercises: pretraining
 #
-# Rows, rates and the size of a batch: three functions to rebuild, and one question to answer by measuring. The lesson is
-# [07 · Pretraining](../lessons/07_pretraining.ipynb).
+# Rows, rates and the size of a batch; a question to answer by measuring; and two programs that nothing can kill. The lesson
+# is [07 · Pretraining](../lessons/07_pretraining.ipynb).
 
 # %%
 import math
@@ -140,3 +140,84 @@ answer = {size: lost_to_cropping(size) for size in (10, 100, 1000)}
 
 # %%
 check.lost_to_cropping(answer)
+
+# %% [markdown]
+# ## 5 · In which order?
+#
+# difficulty 3/5 · importance 5/5 · 20 minutes
+#
+# The process may be killed at any moment, in the middle of writing a file too; then half of it is on the disk. Write a
+# checkpoint so that `load` finds the newest one that is whole, whenever that was. The disk knows four operations, of which only
+# `rename` happens in one piece:
+#
+# - `disk.write(name, text)` makes or overwrites a file, bit by bit;
+# - `disk.rename(old, new)` gives a file another name; a file of the new name is replaced;
+# - `disk.remove(name)`; `disk.files()` → {name: text}.
+#
+# A checkpoint of a step has two parts, both texts of any content. After each `save`, at most the last two checkpoints may be on
+# the disk, and nothing half-written of the one before.
+
+# %%
+def save(disk, step, weights, metadata):
+    """Write the checkpoint of `step`; steps only grow. What an earlier, killed save left is cleaned up."""
+    # BEGIN SOLUTION
+    whole = sorted(int(name[5:]) for name in disk.files() if name.startswith("meta_"))
+    for name in disk.files():  # what is in no whole checkpoint, and all but the last of these: metadata first
+        if name.startswith("meta_") and int(name[5:]) != whole[-1]:
+            disk.remove(name)
+    for name in disk.files():
+        if name.endswith(".part") or name.startswith("weights_") and int(name[8:]) not in whole[-1:]:
+            disk.remove(name)
+    for name, text in ((f"weights_{step}", weights), (f"meta_{step}", metadata)):  # the metadata last: now all is there
+        disk.write("new.part", text)
+        disk.rename("new.part", name)
+    # END SOLUTION
+
+
+def load(disk):
+    """(step, weights, metadata) of the newest whole checkpoint, or None if there is none. The disk stays as it is."""
+    # BEGIN SOLUTION
+    files = disk.files()
+    steps = [int(name[5:]) for name in files if name.startswith("meta_")]
+    if not steps:
+        return None
+    return max(steps), files[f"weights_{max(steps)}"], files[f"meta_{max(steps)}"]
+    # END SOLUTION
+
+# %%
+check.save_and_load((save, load))
+
+# %% [markdown]
+# ## 6 · To go on as if nothing had happened
+#
+# difficulty 3/5 · importance 4/5 · 20 minutes
+#
+# A loader that can be stopped: `rows` packs documents best-fit from a buffer of `size` documents (topped up before each
+# choice, in order) and yields with each row a *state*. Started again with a state, it must go on with the very next row. The state
+# goes into a checkpoint: it is JSON, and it holds numbers, no texts. `documents` is a list of non-empty lists of tokens, and is read
+# once; end when it cannot fill another row. Use `pack_row` of exercise 1, or `BestFit`.
+
+# %%
+def rows(documents, length, size, state=None):
+    """Yield (row, state): rows of `length` tokens, each with the state to go on from behind it."""
+    # BEGIN SOLUTION
+    read, waiting = (state["read"], list(state["waiting"])) if state else (0, [])
+    while True:
+        row, room = [], length
+        while room > 0:
+            while len(waiting) < size and read < len(documents):
+                waiting.append(read)
+                read += 1
+            if not waiting:
+                return
+            fitting = [i for i in waiting if len(documents[i]) <= room]
+            best = (max(fitting, key=lambda i: len(documents[i])) if fitting else
+                    min(waiting, key=lambda i: len(documents[i])))
+            waiting.remove(best)
+            row += documents[best][:room]
+            room = length - len(row)
+        yield row, {"read": read, "waiting": list(waiting)}
+    # END SOLUTION
+
+# %%
+check.resumable_rows(rows)

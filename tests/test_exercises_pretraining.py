@@ -101,3 +101,108 @@ def test_wrong_batches(answer, sentence, base_dir):
 def test_wrong_measurements(answer, sentence, base_dir):
     verdict = check.lost_to_cropping(answer)
     assert verdict.state == "wrong" and sentence in verdict.sentence, verdict
+
+
+def saver(aside=True, meta_last=True, keep=1, clean=True, numbered=True, key=int):
+    """A (save, load) that is right but for what is named."""
+    def names(disk):
+        return [name for name in disk.files() if name.startswith("meta_") and not name.endswith(".part")]
+
+    def save(disk, step, weights, metadata):
+        tag = step if numbered else ""
+        whole = sorted(names(disk), key=lambda name: key(name[5:] or 0))
+        kept = whole[-keep:] if keep else []
+        for name in [name for name in whole if name not in kept]:
+            disk.remove(name)
+            if not clean:
+                disk.remove(name.replace("meta", "weights"))
+        for name in disk.files() if clean else ():
+            if name.endswith(".part") or name.startswith("weights") and f"meta_{name[8:]}" not in kept:
+                disk.remove(name)
+        parts = [(f"weights_{tag}", weights), (f"meta_{tag}", metadata if numbered else f"{step}:{metadata}")]
+        for name, text in parts if meta_last else parts[::-1]:
+            if aside:
+                disk.write(f"{name}.part", text)
+                disk.rename(f"{name}.part", name)
+            else:
+                disk.write(name, text)
+
+    def load(disk):
+        files = disk.files()
+        found = sorted(names(disk), key=lambda name: key(name[5:] or 0))
+        if not found:
+            return None
+        tag = found[-1][5:]
+        metadata = files[f"meta_{tag}"]
+        step, metadata = (int(tag), metadata) if numbered else (int(metadata.split(":")[0]), metadata.split(":")[1])
+        return step, files[f"weights_{tag}"], metadata
+
+    return save, load
+
+
+@pytest.mark.parametrize("answer, sentence", [
+    (saver(aside=False), "takes half of the metadata for the whole"),
+    (saver(meta_last=False), "load raises KeyError"),
+    (saver(keep=0), "load finds nothing: the checkpoint before must stay"),
+    (saver(clean=False), "What a killed save left must go"),
+    (saver(keep=9), "keep the last two checkpoints"),
+    (saver(numbered=False), "parts of two checkpoints are mixed"),
+    (saver(key=str), "compare steps as numbers"),
+    ((saver()[0], lambda disk: {}), "On an empty disk load returns None"),
+])
+def test_wrong_savers(answer, sentence, base_dir):
+    verdict = check.save_and_load(answer)
+    assert verdict.state == "wrong" and sentence in verdict.sentence, verdict
+
+
+def loader(state_of, copy=list, resume=lambda state, documents: (state["read"], list(state["waiting"])), early=False):
+    """A `rows` that is right but for its state."""
+    def rows(documents, length, size, state=None):
+        read, waiting = resume(state, documents) if state else (0, [])
+        while True:
+            row = []
+            while len(row) < length:
+                while len(waiting) < size and read < len(documents):
+                    waiting.append(read)
+                    read += 1
+                if not waiting:
+                    return
+                room = length - len(row)
+                fits = [i for i in waiting if len(documents[i]) <= room]
+                best = max(fits, key=lambda i: len(documents[i])) if fits else min(waiting, key=lambda i: len(documents[i]))
+                waiting.remove(best)
+                row += documents[best][:room]
+            yield row, state_of(read, copy(waiting), documents)
+    return rows
+
+
+def plain(read, waiting, documents):
+    return {"read": read, "waiting": waiting}
+
+
+@pytest.mark.parametrize("answer, sentence", [
+    (loader(lambda read, waiting, _: {"read": read}, resume=lambda state, _: (state["read"], [])), "document 0 is lost"),
+    (loader(lambda read, waiting, _: {"read": read, "waiting": waiting}, resume=lambda state, _: (min(state["waiting"]), [])),
+     "is read again"),
+    (loader(plain, copy=lambda waiting: waiting), "changes after it was given"),
+    (loader(lambda read, waiting, _: {"read": read, "waiting": set(waiting)}), "is no JSON"),
+    (loader(lambda read, waiting, documents: {"read": read, "waiting": [documents[i] for i in waiting]}), "holds the documents themselves"),
+    (loader(lambda read, waiting, _: {"read": read, "waiting": waiting[::-1]}), "in the same order as before"),
+    (lambda documents, length, size, state=None: ((document[:length], {}) for document in documents), "exactly `length` tokens"),
+    (lambda documents, length, size, state=None: iter(()), "no row at all"),
+])
+def test_wrong_loaders(answer, sentence, base_dir):
+    verdict = check.resumable_rows(answer)
+    assert verdict.state == "wrong" and sentence in verdict.sentence, verdict
+
+
+def test_killed_and_resumed_solutions_pass(solutions, base_dir):
+    assert check.save_and_load((solutions["save"], solutions["load"])).passed
+    assert check.save_and_load(saver()).passed and check.resumable_rows(loader(plain)).passed
+    verdict = check.resumable_rows(solutions["rows"])
+    assert verdict.passed, verdict
+
+    def unwritten(*arguments):
+        raise NotImplementedError
+
+    assert check.save_and_load((unwritten, unwritten)).state == check.resumable_rows(unwritten).state == "not done yet"

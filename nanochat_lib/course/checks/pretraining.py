@@ -1,5 +1,6 @@
 """Checks of the exercises of lesson 07."""
 
+import json
 import math
 import random
 
@@ -113,3 +114,175 @@ def lost_to_cropping(answer):
         if not low <= value <= high:
             raise Wrong(f"{value:.4f} is not what 300 rows give: count the part of each cropped document that did not fit, "
                         "and divide by all tokens that left the buffer.")
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Disk:
+    """Files by name. Killed after so many moments; a write has two, and between them half of the file is there."""
+
+    def __init__(self, files: dict[str, str] | None = None, moments: float = math.inf):
+        self._files, self.moments = dict(files or {}), moments
+
+    def _tick(self):
+        self.moments -= 1
+        if self.moments < 0:
+            raise Killed
+
+    def write(self, name: str, text: str):
+        self._tick()
+        self._files[name] = text[:len(text) // 2]
+        self._tick()
+        self._files[name] = text
+
+    def rename(self, old: str, new: str):
+        self._tick()
+        if old not in self._files:
+            raise FileNotFoundError(f"no file {old} on the disk, only {', '.join(self._files) or 'none'}")
+        self._files[new] = self._files.pop(old)
+
+    def remove(self, name: str):
+        self._tick()
+        if self._files.pop(name, None) is None:
+            raise FileNotFoundError(f"no file {name} on the disk, only {', '.join(self._files) or 'none'}")
+
+    def files(self) -> dict[str, str]:
+        return dict(self._files)
+
+
+def parts(step: int) -> tuple[str, str]:
+    """(weights, metadata) of a step."""
+    return f"weights of {step} " * 4, f"metadata of {step} " * 3
+
+
+def loaded(load, disk: Disk, steps: set[int], when: str) -> int:
+    """The step that load finds, one of `steps`, with its own parts; else Wrong."""
+    before = disk.files()
+    try:
+        got = load(disk)
+    except Exception as error:
+        raise Wrong(f"Killed {when}, load raises {type(error).__name__}: {error}. It must find the checkpoint before.") from None
+    expect(disk.files() == before, "load must leave the disk as it is.")
+    expect(got is not None, f"Killed {when}, load finds nothing: the checkpoint before must stay until the new one is whole.")
+    expect(isinstance(got, tuple) and len(got) == 3, "load returns (step, weights, metadata), or None on an empty disk.")
+    step, weights, metadata = got
+    expect(step in steps, f"Killed {when}, load finds step {step}; whole were {sorted(steps)}.")
+    for name, text, mine in (("weights", weights, 0), ("metadata", metadata, 1)):
+        whole = parts(step)[mine]
+        expect(text == whole or not whole.startswith(text), f"Killed {when}, load takes half of the {name} for the whole: write "
+               "under another name and rename, which happens in one piece.")
+        expect(text == whole, f"Killed {when}, load returns {name} of another step than {step}: parts of two "
+               "checkpoints are mixed. The name of a file must say its step.")
+    return step
+
+
+@exercise(difficulty=3, importance=5, minutes=20, hints=[
+    "Two questions: when is a file whole, and when is a checkpoint whole? A rename answers the first.",
+    "Write each file under a name that load ignores, then rename it; the name of the second to arrive says that both are there.",
+    "Delete in the opposite order: first the file that says the checkpoint is whole. At the start of save remove what belongs "
+    "to no whole checkpoint, and all whole ones but the last.",
+])
+def save_and_load(answer):
+    save, load = answer
+    expect(load(Disk()) is None, "On an empty disk load returns None.")
+    disk = Disk()
+    for step in (10, 20):
+        save(disk, step, *parts(step))
+        expect(load(Disk(disk.files())) is not None, f"After save of step {step}, load finds nothing.")
+        expect_equal(load(Disk(disk.files())), (step, *parts(step)), f"After save of step {step}, load finds another checkpoint.")
+    start, usual = disk.files(), len(disk.files())
+    disk = Disk(start)
+    for step in (30, 40, 50):
+        save(disk, step, *parts(step))
+    expect(len(disk.files()) <= usual, f"After five saves {len(disk.files())} files are on the disk: keep the last two checkpoints.")
+    save(disk, 100, *parts(100))
+    expect_equal(load(Disk(disk.files())), (100, *parts(100)), "After step 50 came step 100: compare steps as numbers, not as text.")
+    total = Disk(start)
+    save(total, 30, *parts(30))
+    loaded(load, total, {30}, "after saving step 30")
+    moments = 0
+    while True:  # killed at every moment of the third save
+        disk, when = Disk(start, moments), f"after {moments} operations of saving step 30"
+        try:
+            save(disk, 30, *parts(30))
+        except Killed:
+            pass
+        else:
+            break
+        loaded(load, Disk(disk.files()), {20, 30}, when)
+        again = Disk(disk.files())  # the next run saves, and cleans up
+        save(again, 40, *parts(40))
+        loaded(load, again, {40}, f"{when}; then step 40 saved")
+        expect(len(again.files()) <= usual, f"Killed {when}, and step 40 saved: {len(again.files())} files are on the disk, after two "
+               f"saves it was {usual}. What a killed save left must go: {', '.join(sorted(again.files()))}.")
+        moments += 1
+
+
+def numbers_in(value) -> list:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        return [number for pair in value.items() for part in pair for number in numbers_in(part)]
+    if isinstance(value, (list, tuple)):
+        return [number for part in value for number in numbers_in(part)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def expected_order(lengths: list[int], length: int, size: int) -> list[list[int]]:
+    """Which documents are in each row, by sorting."""
+    waiting, read, result = [], 0, []
+    while True:
+        room, row = length, []
+        while room > 0:
+            while len(waiting) < size and read < len(lengths):
+                waiting.append(read)
+                read += 1
+            if not waiting:
+                return result
+            fits = sorted((-lengths[i], i) for i in waiting if lengths[i] <= room)
+            row.append(fits[0][1] if fits else sorted((lengths[i], i) for i in waiting)[0][1])
+            waiting.remove(row[-1])
+            room -= lengths[row[-1]]
+        result.append(row)
+
+
+@exercise(difficulty=3, importance=4, minutes=20, hints=[
+    "What does the loop know when it yields? How many documents were read, and which of these wait in the buffer.",
+    "Keep the places of documents in the buffer, not the documents; `documents[place]` finds them again.",
+    "Give `list(waiting)`: the loop goes on changing its own list.",
+])
+def resumable_rows(answer):
+    lengths = [3, 5, 2, 4, 7, 1, 6, 2, 8, 3, 5, 4, 9, 2, 6, 1, 7, 3]
+    texts = [[1000 + token for token in document] for document in documents(*lengths)]
+    given, kept = [], []
+    for row, state in answer(texts, 9, 4):
+        expect(len(given) < 20, "It never ends: stop when the documents cannot fill another row.")
+        try:
+            kept.append(json.dumps(state))
+        except (TypeError, ValueError) as error:
+            raise Wrong(f"The state is no JSON ({error}): lists, dicts, numbers.") from None
+        given.append((row, state))
+    expect(bool(given), "It yields no row at all.")
+    expect_type(given[0][0], list)
+    order = [[token // 100 - 11 for token in row if token % 100 == 0] for row, _ in given]
+    expect(all(len(row) == 9 for row, _ in given), "Every row has exactly `length` tokens.")
+    expect_equal(order, expected_order(lengths, 9, 4), "Without any stop, these documents are in the rows: (best fit from a "
+                 "buffer of 4, topped up before each choice)")
+    expect(all(json.dumps(state) == text for (_, state), text in zip(given, kept)),
+           "A state changes after it was given: it is the loader's own list. Give a copy.")
+    expect(max(numbers_in(json.loads(kept[0])), default=0) < 1000 and len(kept[0]) < 300,
+           "The state holds the documents themselves: name them by their places in the list.")
+    for number, text in enumerate(kept):
+        went_on = [row for row, _ in answer(texts, 9, 4, json.loads(text))]
+        expected = [row for row, _ in given[number + 1:]]
+        if went_on == expected:
+            continue
+        seen = {place for row in order[:number + 1] for place in row}
+        first = [token // 100 - 11 for row in went_on for token in row if token % 100 == 0]
+        expect(not seen & set(first), f"Stopped after row {number + 1}, document {min(seen & set(first), default=0)} is read again: "
+               "what has left the buffer must not come back.")
+        missing = sorted({place for row in order[number + 1:] for place in row} - set(first))
+        expect(not missing or number >= len(kept) // 2, f"Stopped after row {number + 1}, document {missing[0] if missing else 0} is lost: the documents that waited in "
+               "the buffer belong to the state, not only what is read next.")
+        raise Wrong(f"Stopped after row {number + 1}, the rows that follow are others: is the buffer in the same order as before?")
