@@ -1018,6 +1018,10 @@ class Full(Exception):
     """The line of waiting questions is as long as it may get."""
 
 
+class Broken(Exception):
+    """No replica is left to answer."""
+
+
 @dataclass(eq=False)
 class Job:
     """A question in line. `deliver` gets each piece, then the error if any, then None; from another thread."""
@@ -1039,6 +1043,7 @@ class Replica:
 
     def __init__(self, model: ChatModel, rows: int):
         self.model, self.rows = model, min(rows, model.engine.rows_that_fit(model.context))
+        self.broken = False  # its device answers no more
         self.begin()
 
     def begin(self) -> None:
@@ -1058,7 +1063,10 @@ class Replica:
             return [(self.jobs.pop(request), None) for request in self.batch.step()]
         except Exception as error:
             failed = [(job, error) for job in self.jobs.values()]
-            self.begin()
+            try:
+                self.begin()
+            except Exception:  # not even an empty batch can be made
+                self.broken, self.jobs = True, {}
             return failed
 
 # %%
@@ -1077,8 +1085,10 @@ class Pool:
             threading.Thread(target=self.serve, args=(replica,), daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """Put a question in line. Raises Full if there is no room."""
+        """Put a question in line. Raises Full if there is no room, Broken if nobody is left to answer."""
         with self.changed:
+            if not self.replicas:
+                raise Broken
             for gone in [waiting for waiting in self.waiting if waiting.answer.stopped.is_set()]:
                 self.waiting.remove(gone)
                 self.counts["stopped"] += 1
@@ -1097,7 +1107,7 @@ class Pool:
 
     def serve(self, replica: Replica) -> None:
         """Answer for ever: let questions join, take a step, send away what is over."""
-        while True:
+        while not replica.broken:
             with self.changed:
                 self.changed.wait_for(lambda: replica.jobs or self.may_take(replica))
                 while self.may_take(replica):
@@ -1105,6 +1115,13 @@ class Pool:
                 self.changed.notify_all()
             for job, error in replica.step():
                 self.close(job, error)
+        with self.changed:
+            self.replicas.remove(replica)
+            lost = [] if self.replicas else list(self.waiting)
+            self.waiting = deque() if lost else self.waiting
+            self.changed.notify_all()
+        for job in lost:
+            self.close(job, Broken("no replica is left"))
 
     def close(self, job: Job, error: Exception | None) -> None:
         """Count an answer that is over, and tell its talker."""
@@ -1166,8 +1183,8 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict:
-        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}.get(
-            self.status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -1407,7 +1424,7 @@ import nanochat_lib
 from nanochat_lib.chat import ChatModel, Sampling
 from nanochat_lib.common import NanochatError, pick_device, run_cli
 from nanochat_lib.protocol import ApiError, Reply, flag, read_request
-from nanochat_lib.serving import Full, Job, Pool
+from nanochat_lib.serving import Broken, Full, Job, Pool
 
 # %%
 #| export scripts/chat_web
@@ -1525,6 +1542,8 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
             pool.submit(Job(reply.answer, reply.deliver))
         except Full:
             raise ApiError(429, "all replicas are busy and the line is full: try again in a moment") from None
+        except Broken:
+            raise ApiError(503, "the model is gone: restart the server") from None
         if stream:
             return StreamingResponse(reply.stream(), 200, {"Cache-Control": "no-store"}, "text/event-stream")
         return JSONResponse(await reply.whole(request))
@@ -1535,8 +1554,9 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
         return {"object": "list", "data": [{**card, "context": model.context, "defaults": asdict(defaults)}]}
 
     @app.get("/health")
-    async def health() -> dict:
-        return {"status": "ok", "model": model.name}
+    async def health() -> Response:
+        whole = {"status": "ok" if pool.replicas else "broken", "model": model.name}
+        return JSONResponse(whole, 200 if pool.replicas else 503)
 
     @app.get("/stats", dependencies=guarded)
     async def stats() -> dict:
@@ -1654,6 +1674,19 @@ def http(host: str, method: str, path: str, body: bytes, key: str = "") -> bytes
              f"Content-Length: {len(body)}", *[f"Authorization: Bearer {key}"] * bool(key), "", ""]
     return "\r\n".join(lines).encode() + body
 
+async def ask(address: str, key: str, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """(status, body) of a request that is answered in one piece; status 0 if the connection broke."""
+    reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+    with contextlib.closing(writer):
+        with contextlib.suppress(OSError):  # a request too large is refused before it has been sent
+            writer.write(http(address, method, path, body, key))
+            await writer.drain()
+        try:
+            head, _, rest = (await reader.read(-1)).partition(b"\r\n\r\n")
+            return int(head.split(b" ", 2)[1]), rest
+        except (OSError, IndexError, ValueError):
+            return 0, b""
+
 # %%
 #| export load
 @dataclass
@@ -1684,27 +1717,13 @@ class Load:
     """Clients of the server at host:port. `expected` has each proper request's body as JSON, and the answer to it."""
 
     def __init__(self, address: str, expected: dict[str, str], vanish: float = 0.1, seed: int = 0, key: str = ""):
-        self.host, self.port = address.rsplit(":", 1)
         self.address, self.expected, self.vanish, self.key = address, expected, vanish, key
         self.dice, self.results = random.Random(seed), Results()
-
-    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """(status, body) of a request that is answered in one piece; status 0 if the connection broke."""
-        reader, writer = await asyncio.open_connection(self.host, self.port)
-        with contextlib.closing(writer):
-            with contextlib.suppress(OSError):  # a request too large is refused before it has been sent
-                writer.write(http(self.address, method, path, body, self.key))
-                await writer.drain()
-            try:
-                head, _, rest = (await reader.read(-1)).partition(b"\r\n\r\n")
-                return int(head.split(b" ", 2)[1]), rest
-            except (OSError, IndexError, ValueError):
-                return 0, b""
 
     async def break_off(self) -> None:
         """Begin a request, and go away before it is whole."""
         request = http(self.address, "POST", "/v1/chat/completions", json.dumps(GOOD).encode(), self.key)
-        _, writer = await asyncio.open_connection(self.host, self.port)
+        _, writer = await asyncio.open_connection(*self.address.rsplit(":", 1))
         with contextlib.closing(writer), contextlib.suppress(OSError):
             writer.write(request[:self.dice.randrange(1, len(request))])
             await writer.drain()
@@ -1714,7 +1733,7 @@ class Load:
         """Send a proper request and read its stream; or leave in the middle."""
         leave = self.dice.randrange(1, 6) if self.dice.random() < self.vanish else 0  # after so many events
         began, text, events, done = time.perf_counter(), "", 0, False
-        reader, writer = await asyncio.open_connection(self.host, self.port)
+        reader, writer = await asyncio.open_connection(*self.address.rsplit(":", 1))
         with contextlib.closing(writer), contextlib.suppress(OSError):
             writer.write(http(self.address, "POST", "/v1/chat/completions", request.encode(), self.key))
             status = int((await reader.readline()).split()[1])
@@ -1750,11 +1769,12 @@ class Load:
             elif self.dice.random() < self.vanish / 2:
                 await self.break_off()
             else:
-                status, _ = await self.ask("POST", "/v1/chat/completions", malformed(self.dice))
+                body = malformed(self.dice)
+                status, _ = await ask(self.address, self.key, "POST", "/v1/chat/completions", body)
                 self.results.statuses[status] += 1
 
     async def stats(self) -> dict:
-        return json.loads((await self.ask("GET", "/stats"))[1])
+        return json.loads((await ask(self.address, self.key, "GET", "/stats"))[1])
 
     async def run(self, requests: int, clients: int) -> Results:
         """Send so many requests, half of them malformed, from so many clients at once."""
@@ -1796,7 +1816,7 @@ from nanochat_lib.chat import Answer, ChatModel, Sampling
 from nanochat_lib.common import NanochatError, run_cli
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
-from nanochat_lib.load import Load, Results
+from nanochat_lib.load import Load, Results, ask
 from nanochat_lib.scripts.chat_web import ChatWeb, make_app
 from nanochat_lib.serving import Pool
 from nanochat_lib.tokenizer import Tokenizer
@@ -1862,8 +1882,8 @@ async def reference(load: Load, requests: list[str]) -> dict[str, str]:
     """What a running server answers to each request, one after the other."""
     answers = {}
     for request in requests:
-        status, reply = await load.ask("POST", "/v1/chat/completions", json.dumps(
-            {**json.loads(request), "stream": False}).encode())
+        body = json.dumps({**json.loads(request), "stream": False}).encode()
+        status, reply = await ask(load.address, load.key, "POST", "/v1/chat/completions", body)
         if status != 200:
             said = reply[:200].decode(errors="replace")
             raise NanochatError(f"{load.address} answered a proper request with status {status}: {said}")

@@ -42,6 +42,19 @@ def http(host: str, method: str, path: str, body: bytes, key: str = "") -> bytes
              f"Content-Length: {len(body)}", *[f"Authorization: Bearer {key}"] * bool(key), "", ""]
     return "\r\n".join(lines).encode() + body
 
+async def ask(address: str, key: str, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    """(status, body) of a request that is answered in one piece; status 0 if the connection broke."""
+    reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+    with contextlib.closing(writer):
+        with contextlib.suppress(OSError):  # a request too large is refused before it has been sent
+            writer.write(http(address, method, path, body, key))
+            await writer.drain()
+        try:
+            head, _, rest = (await reader.read(-1)).partition(b"\r\n\r\n")
+            return int(head.split(b" ", 2)[1]), rest
+        except (OSError, IndexError, ValueError):
+            return 0, b""
+
 
 @dataclass
 class Results:
@@ -71,27 +84,13 @@ class Load:
     """Clients of the server at host:port. `expected` has each proper request's body as JSON, and the answer to it."""
 
     def __init__(self, address: str, expected: dict[str, str], vanish: float = 0.1, seed: int = 0, key: str = ""):
-        self.host, self.port = address.rsplit(":", 1)
         self.address, self.expected, self.vanish, self.key = address, expected, vanish, key
         self.dice, self.results = random.Random(seed), Results()
-
-    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """(status, body) of a request that is answered in one piece; status 0 if the connection broke."""
-        reader, writer = await asyncio.open_connection(self.host, self.port)
-        with contextlib.closing(writer):
-            with contextlib.suppress(OSError):  # a request too large is refused before it has been sent
-                writer.write(http(self.address, method, path, body, self.key))
-                await writer.drain()
-            try:
-                head, _, rest = (await reader.read(-1)).partition(b"\r\n\r\n")
-                return int(head.split(b" ", 2)[1]), rest
-            except (OSError, IndexError, ValueError):
-                return 0, b""
 
     async def break_off(self) -> None:
         """Begin a request, and go away before it is whole."""
         request = http(self.address, "POST", "/v1/chat/completions", json.dumps(GOOD).encode(), self.key)
-        _, writer = await asyncio.open_connection(self.host, self.port)
+        _, writer = await asyncio.open_connection(*self.address.rsplit(":", 1))
         with contextlib.closing(writer), contextlib.suppress(OSError):
             writer.write(request[:self.dice.randrange(1, len(request))])
             await writer.drain()
@@ -101,7 +100,7 @@ class Load:
         """Send a proper request and read its stream; or leave in the middle."""
         leave = self.dice.randrange(1, 6) if self.dice.random() < self.vanish else 0  # after so many events
         began, text, events, done = time.perf_counter(), "", 0, False
-        reader, writer = await asyncio.open_connection(self.host, self.port)
+        reader, writer = await asyncio.open_connection(*self.address.rsplit(":", 1))
         with contextlib.closing(writer), contextlib.suppress(OSError):
             writer.write(http(self.address, "POST", "/v1/chat/completions", request.encode(), self.key))
             status = int((await reader.readline()).split()[1])
@@ -137,11 +136,12 @@ class Load:
             elif self.dice.random() < self.vanish / 2:
                 await self.break_off()
             else:
-                status, _ = await self.ask("POST", "/v1/chat/completions", malformed(self.dice))
+                body = malformed(self.dice)
+                status, _ = await ask(self.address, self.key, "POST", "/v1/chat/completions", body)
                 self.results.statuses[status] += 1
 
     async def stats(self) -> dict:
-        return json.loads((await self.ask("GET", "/stats"))[1])
+        return json.loads((await ask(self.address, self.key, "GET", "/stats"))[1])
 
     async def run(self, requests: int, clients: int) -> Results:
         """Send so many requests, half of them malformed, from so many clients at once."""

@@ -36,8 +36,8 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict:
-        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}.get(
-            self.status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 

@@ -16,6 +16,10 @@ class Full(Exception):
     """The line of waiting questions is as long as it may get."""
 
 
+class Broken(Exception):
+    """No replica is left to answer."""
+
+
 @dataclass(eq=False)
 class Job:
     """A question in line. `deliver` gets each piece, then the error if any, then None; from another thread."""
@@ -37,6 +41,7 @@ class Replica:
 
     def __init__(self, model: ChatModel, rows: int):
         self.model, self.rows = model, min(rows, model.engine.rows_that_fit(model.context))
+        self.broken = False  # its device answers no more
         self.begin()
 
     def begin(self) -> None:
@@ -56,7 +61,10 @@ class Replica:
             return [(self.jobs.pop(request), None) for request in self.batch.step()]
         except Exception as error:
             failed = [(job, error) for job in self.jobs.values()]
-            self.begin()
+            try:
+                self.begin()
+            except Exception:  # not even an empty batch can be made
+                self.broken, self.jobs = True, {}
             return failed
 
 
@@ -74,8 +82,10 @@ class Pool:
             threading.Thread(target=self.serve, args=(replica,), daemon=True).start()
 
     def submit(self, job: Job) -> None:
-        """Put a question in line. Raises Full if there is no room."""
+        """Put a question in line. Raises Full if there is no room, Broken if nobody is left to answer."""
         with self.changed:
+            if not self.replicas:
+                raise Broken
             for gone in [waiting for waiting in self.waiting if waiting.answer.stopped.is_set()]:
                 self.waiting.remove(gone)
                 self.counts["stopped"] += 1
@@ -94,7 +104,7 @@ class Pool:
 
     def serve(self, replica: Replica) -> None:
         """Answer for ever: let questions join, take a step, send away what is over."""
-        while True:
+        while not replica.broken:
             with self.changed:
                 self.changed.wait_for(lambda: replica.jobs or self.may_take(replica))
                 while self.may_take(replica):
@@ -102,6 +112,13 @@ class Pool:
                 self.changed.notify_all()
             for job, error in replica.step():
                 self.close(job, error)
+        with self.changed:
+            self.replicas.remove(replica)
+            lost = [] if self.replicas else list(self.waiting)
+            self.waiting = deque() if lost else self.waiting
+            self.changed.notify_all()
+        for job in lost:
+            self.close(job, Broken("no replica is left"))
 
     def close(self, job: Job, error: Exception | None) -> None:
         """Count an answer that is over, and tell its talker."""

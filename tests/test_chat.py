@@ -27,7 +27,7 @@ from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.protocol import MAX_CHARACTERS, MAX_MESSAGES
 from nanochat_lib.scripts.chat_cli import ChatCli, chat_cli
 from nanochat_lib.scripts.chat_web import ChatWeb, chat_web
-from nanochat_lib.serving import Full, Job, Pool
+from nanochat_lib.serving import Broken, Full, Job, Pool
 
 GREEDY = Sampling(temperature=0, max_tokens=200)
 PAUSE = 0.01
@@ -514,6 +514,42 @@ def test_replicas_share_the_work_and_outlive_an_error(make_model, tokenizer):
     pool.submit(again)
     until(lambda: ("again", None) in done)
     assert again.answer.content == "You said: again (né 日本)"
+
+
+def test_a_replica_that_breaks_leaves_the_others_and_the_last_one_says_so(make_model, tokenizer):
+    models = [scripted_model(make_model, tokenizer, PAUSE) for _ in range(2)]
+    with serving(*models, rows=1) as (url, pool), httpx.Client(base_url=url, timeout=20) as client:
+        def gone(*_, **__):
+            raise RuntimeError("device lost")
+
+        for left in (1, 0):
+            pool.replicas[0].model.engine.batch = gone  # its next batch cannot be made
+            pool.replicas[0].batch.step = gone
+            broken, seen = pool.replicas[0], []
+            until(lambda: seen.append(client.post("/v1/chat/completions", json=say("hi")).status_code) or broken.broken)
+            until(lambda: len(pool.replicas) == left)
+            assert seen[-1] == 500 and client.get("/health").status_code == (200 if left else 503)
+        refused = client.post("/v1/chat/completions", json=say("hi"))
+        assert refused.status_code == 503 and refused.json()["error"]["type"] == "server_error"
+
+
+def test_questions_in_line_are_told_when_the_last_replica_breaks(slow):
+    pool, done = Pool([slow], rows=1), []
+    jobs = [Job(Answer(slow, [{"role": "user", "content": text}], Sampling(max_tokens=900)),
+                lambda event, text=text: done.append((text, type(event).__name__))) for text in ("long", "hi")]
+    for job in jobs:
+        pool.submit(job)
+    until(lambda: done and pool.stats()["waiting"] == 1)
+
+    def gone(*_, **__):
+        raise RuntimeError("device lost")
+
+    slow.engine.batch = gone
+    pool.replicas[0].batch.step = gone
+    until(lambda: ("hi", "NoneType") in done and ("long", "NoneType") in done)
+    assert ("hi", "Broken") in done and ("long", "RuntimeError") in done and pool.stats()["failed"] == 2
+    with pytest.raises(Broken):
+        pool.submit(jobs[1])
 
 
 def test_the_command_serves_on_loopback_and_says_where(base_dir, checkpoint):

@@ -24,7 +24,7 @@ from nanochat_lib.chat import Answer, ChatModel, Sampling
 from nanochat_lib.common import NanochatError, run_cli
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
-from nanochat_lib.load import Load, Results
+from nanochat_lib.load import Load, Results, ask
 from nanochat_lib.scripts.chat_web import ChatWeb, make_app
 from nanochat_lib.serving import Pool
 from nanochat_lib.tokenizer import Tokenizer
@@ -88,8 +88,8 @@ async def reference(load: Load, requests: list[str]) -> dict[str, str]:
     """What a running server answers to each request, one after the other."""
     answers = {}
     for request in requests:
-        status, reply = await load.ask("POST", "/v1/chat/completions", json.dumps(
-            {**json.loads(request), "stream": False}).encode())
+        body = json.dumps({**json.loads(request), "stream": False}).encode()
+        status, reply = await ask(load.address, load.key, "POST", "/v1/chat/completions", body)
         if status != 200:
             said = reply[:200].decode(errors="replace")
             raise NanochatError(f"{load.address} answered a proper request with status {status}: {said}")

@@ -25,7 +25,7 @@ import nanochat_lib
 from nanochat_lib.chat import ChatModel, Sampling
 from nanochat_lib.common import NanochatError, pick_device, run_cli
 from nanochat_lib.protocol import ApiError, Reply, flag, read_request
-from nanochat_lib.serving import Full, Job, Pool
+from nanochat_lib.serving import Broken, Full, Job, Pool
 
 
 MAX_BYTES = 1 << 20  # of a request: far more than the limits of its messages let through
@@ -140,6 +140,8 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
             pool.submit(Job(reply.answer, reply.deliver))
         except Full:
             raise ApiError(429, "all replicas are busy and the line is full: try again in a moment") from None
+        except Broken:
+            raise ApiError(503, "the model is gone: restart the server") from None
         if stream:
             return StreamingResponse(reply.stream(), 200, {"Cache-Control": "no-store"}, "text/event-stream")
         return JSONResponse(await reply.whole(request))
@@ -150,8 +152,9 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
         return {"object": "list", "data": [{**card, "context": model.context, "defaults": asdict(defaults)}]}
 
     @app.get("/health")
-    async def health() -> dict:
-        return {"status": "ok", "model": model.name}
+    async def health() -> Response:
+        whole = {"status": "ok" if pool.replicas else "broken", "model": model.name}
+        return JSONResponse(whole, 200 if pool.replicas else 503)
 
     @app.get("/stats", dependencies=guarded)
     async def stats() -> dict:
