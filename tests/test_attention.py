@@ -86,7 +86,9 @@ def test_windowed_ways_on_cpu(way, T, window, KVH):
         close(left, right, 2e-5)
 
 
-def test_band_passes_gradcheck_in_several_chunks(monkeypatch):
+@pytest.mark.parametrize("keep", [0, 1 << 20])
+def test_band_passes_gradcheck_in_several_chunks(monkeypatch, keep):
+    monkeypatch.setattr(BandAttention, "KEEP", keep)  # weights kept, or computed again
     monkeypatch.setattr(BandAttention, "BLOCK", 4)
     monkeypatch.setattr(BandAttention, "CHUNK", 1)  # one row of the batch at a time
     tensors = [x.double().detach().requires_grad_() for x in inputs(2, 10, 4, 2, 4)]
