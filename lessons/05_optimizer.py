@@ -107,7 +107,7 @@ def adamw_step(weights: list[torch.Tensor], gradients: list[torch.Tensor], first
 # %%
 #| export
 LARGE = 2**20  # elements of a tensor that no cache holds
-PIECE = 2**15  # elements for each thread: five float32 tensors of them fit an L2 cache
+PIECE = 2**17  # elements for each thread: five float32 tensors of them fit the last cache
 
 
 def adamw_formula(w: torch.Tensor, g: torch.Tensor, first: torch.Tensor, second: torch.Tensor, numbers: torch.Tensor,
