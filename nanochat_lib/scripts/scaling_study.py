@@ -46,9 +46,13 @@ def draw(points: list[Point], optima: list[Optimum], path: Path | None = None):
         mine = [point for point in points if point.budget == budget]
         axes[0].semilogx([p.params for p in mine], [p.bpb for p in mine], "o", color=colour, label=f"{budget:.0e} FLOPs")
         for best in (each for each in optima if each.budget == budget):
-            size = np.geomspace(mine[0].params, mine[-1].params, 50)
+            used = [point.params for point in sorted(mine, key=lambda point: point.bpb)[:3]]
+            size = np.geomspace(min(used), max(used), 50)
             axes[0].semilogx(size, np.polyval(best.coefficients, np.log(size)), color=colour)
             axes[0].plot(best.params, np.polyval(best.coefficients, np.log(best.params)), "*", color=colour, markersize=14)
+    sizes = sorted({point.params for point in points})
+    axes[0].set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes])
+    axes[0].set_xticks([], minor=True)
     axes[0].set(xlabel="N, parameters", ylabel="validation bits per byte")
     axes[0].legend(fontsize=8)
     axes[1].loglog([each.budget for each in optima], [each.params for each in optima], "*-", label="N, parameters")
