@@ -534,8 +534,10 @@ def score_shared(model: Any, questions: list[list[Row]], shared: list[int], devi
     model.hidden(padded(prefixes, max(shared), 0, device), once)
     longest = max(len(row.ids) - shared[owner] for row, owner in zip(rows, owners))
     each = KVCache(model.config, len(rows), max(shared) + longest)
-    each.append_rows(once, owners, 0)
-    each.lengths = once.lengths[torch.tensor(owners, device=device)]
+    index = torch.tensor(owners, device=device)
+    each.allocate(once.store[0, 0].transpose(1, 2))
+    each.store[..., :max(shared), :] = once.store.index_select(2, index)
+    each.lengths, each.previous, each.longest = once.lengths[index], once.previous[index], max(shared)
     return score_batch(model, rows, [shared[owner] for owner in owners], device, each)
 
 # %%
