@@ -67,23 +67,29 @@ ROOFS = {"TFLOP/s": ("8,192³", "matmul"), "GB/s": ("1 GiB", "copy")}
 
 
 def draw(bench: Bench, path: Path, title: str) -> None:
-    """Bars of every rate that was measured, by part; a dashed line is the roof. Milliseconds where no rate is known."""
+    """Bars of what was measured, by part: rates, with the roof as a dashed line; time where the contestants' work differs."""
     import matplotlib.pyplot as plt
 
     shown = [row for row in bench.rows if "ms" in row and row["part"] != "roof"]
-    parts = [part for part in dict.fromkeys(row["part"] for row in shown)]
-    figure, axes = plt.subplots(1, len(parts), figsize=(3.8 * len(parts), 4.6), layout="constrained", squeeze=False)
-    for axis, part in zip(axes[0], parts):
+    shown += [row | {"part": "loss: extra memory"} for row in shown if "peak_mib" in row]
+    parts = list(dict.fromkeys(row["part"] for row in shown))
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(parts):]:
+        axis.axis("off")
+    for axis, part in zip(axes.flat, parts):
         rows = [row for row in shown if row["part"] == part][::-1]
-        rated = all("rate" in row for row in rows)
+        differ = part == "forward + backward" or any("rate" not in row for row in rows)
+        unit = "MiB" if part == "loss: extra memory" else "ms" if differ else rows[0]["unit"]
+        values = [row[{"MiB": "peak_mib", "ms": "ms"}.get(unit, "rate")] for row in rows]
         colours = ["tab:blue" if row["way"] in ("ours", "window 512") else "lightgrey" for row in rows]
-        names = [f"{row['case']}\n{row['way']}" for row in rows]
-        bars = axis.barh(names, [row["rate" if rated else "ms"] for row in rows], color=colours)
-        axis.bar_label(bars, fmt="%.3g", fontsize=7)
-        unit = rows[0]["unit"] if rated else "ms"
+        bars = axis.barh([f"{row['case']}\n{row['way']}" for row in rows], values, color=colours)
+        axis.bar_label(bars, fmt="{:.3g}" if unit == "ms" else "{:,.0f}", fontsize=7)
         if unit in ROOFS and (roof := bench.get("roof", *ROOFS[unit], "rate")) > 0:
             axis.axvline(roof, ls="--", color="black", lw=1)
         axis.set(title=part, xlabel=unit)
+        axis.margins(x=0.12)
         axis.tick_params(axis="y", labelsize=6)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
