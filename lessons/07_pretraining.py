@@ -92,7 +92,7 @@ assert buffer.take(9) == "three"
 assert [buffer.take(1), buffer.take(1)] == ["a", "of"]  # now nothing fits: the shortest, to be cropped
 
 # %% [markdown]
-# Sixteen rows of documents of the embedded world, packed in three ways. Each colour is a document; black is
+# Sixteen rows of documents of the embedded world, after a hundred others, packed in three ways. Each colour is a document; black is
 # padding, and a white cap marks a document whose end was thrown away.
 
 # %%
@@ -142,7 +142,7 @@ figure, axes = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained", share
 colours = plt.get_cmap("tab20").colors
 for ax, pack in zip(axes, (padded, concatenated, packed)):
     number = 0
-    for y, row in enumerate(pack(iter(lengths), ROWS)):
+    for y, row in enumerate(pack(iter(lengths), 100 + ROWS)[100:]):
         x = 0
         for length, lost in row:
             ax.barh(y, length, 0.9, x, color=colours[number % 20])
@@ -2297,7 +2297,8 @@ def fit_parabola(points: list[Point]) -> Optimum:
     if len(points) < 3:
         raise NanochatError(f"{len(points)} sizes at {budget:.0e} FLOPs: a parabola needs three, give more --depths")
     a, b, c = np.polyfit(size, [point.bpb for point in points], 2)  # farther off the loss is no parabola
-    bottom = -b / (2 * a) if a > 0 else math.inf
+    end = -math.inf if points[0].bpb < points[-1].bpb else math.inf  # downhill
+    bottom = -b / (2 * a) if a > 0 else end
     if not size.min() <= bottom <= size.max():
         raise NanochatError(f"the best size at {budget:.0e} FLOPs lies beyond the depths tried: add "
                             f"{'larger' if bottom > size.max() else 'smaller'} --depths or other --budgets")

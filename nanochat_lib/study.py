@@ -80,7 +80,8 @@ def fit_parabola(points: list[Point]) -> Optimum:
     if len(points) < 3:
         raise NanochatError(f"{len(points)} sizes at {budget:.0e} FLOPs: a parabola needs three, give more --depths")
     a, b, c = np.polyfit(size, [point.bpb for point in points], 2)  # farther off the loss is no parabola
-    bottom = -b / (2 * a) if a > 0 else math.inf
+    end = -math.inf if points[0].bpb < points[-1].bpb else math.inf  # downhill
+    bottom = -b / (2 * a) if a > 0 else end
     if not size.min() <= bottom <= size.max():
         raise NanochatError(f"the best size at {budget:.0e} FLOPs lies beyond the depths tried: add "
                             f"{'larger' if bottom > size.max() else 'smaller'} --depths or other --budgets")

@@ -41,6 +41,8 @@ def test_what_cannot_be_fitted_is_named():
         fit_parabola(points(1e12, sizes, 900_000))
     with pytest.raises(NanochatError, match="beyond the depths tried: add smaller"):
         fit_parabola(points(1e12, sizes, 900))
+    with pytest.raises(NanochatError, match="add smaller"):  # steeper and then flat: no bottom anywhere
+        fit_parabola([Point(1e12, depth, size, 1, bpb) for depth, size, bpb in zip((1, 2, 3), sizes, (1.4, 2.0, 2.2))])
     with pytest.raises(NanochatError, match="two budgets"):
         exponent([fit_parabola(points(1e12, sizes, 60_000))], lambda each: each.params)
 
