@@ -396,6 +396,7 @@ INTERPRETING = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy inste
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: it is what the hardware has
+SIZES = ["T", "H", "KVH", "group", "window"]  # arguments that change often: not compiled anew for each value
 
 # %% [markdown]
 # One tile first: hide what must be hidden, then the running maximum and the rescaling you know. Three details.
@@ -436,7 +437,7 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
 
 # %%
 #| export kernels/flash_attention
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
                    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
@@ -591,7 +592,7 @@ for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None],
 
 # %%
 #| export kernels/flash_attention
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
               D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
@@ -634,7 +635,7 @@ def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, 
 
 # %%
 #| export kernels/flash_attention
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(q_all, k_all, v_all, do_all, dk_all, dv_all, lse_all, delta_all, T, KVH, group, window, scale, factor,
                 D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one block of keys of one key head, from all heads of its group."""
@@ -1068,6 +1069,9 @@ for axis in axes:
     axis.legend(fontsize=8)
 
 # %% [markdown]
+# Far beyond ±15 the gradient fades: what pushes a logit there is hard to undo, and the cap sees to it that nothing
+# gains by pushing.
+#
 # So work goes in chunks of tokens: multiply to get the chunk's logits; in one pass compute its losses and
 # overwrite the logits by their gradient; multiply twice more, for the gradient of the hidden states and for the chunk's
 # part of the weight's. The arithmetic is the same as before (three products, nearly all of it, stay with the vendor's
@@ -1187,7 +1191,7 @@ from torch import Tensor
 
 from nanochat_lib.common import NanochatError, is_main_process
 
-CHUNK = {"cuda": 1 << 27, "cpu": 1 << 24}  # logits held at once
+CHUNK = {"cuda": 1 << 27, "mps": 1 << 25, "cpu": 1 << 24}  # logits held at once
 CACHED = 1 << 19  # logits that a CPU takes through the softmax at once: they stay in its cache
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 NO_KERNEL: list[str] = []  # why the GPU of this machine goes without our kernel
@@ -1195,7 +1199,7 @@ NO_KERNEL: list[str] = []  # why the GPU of this machine goes without our kernel
 # %%
 #| export loss
 def limit(device: torch.device) -> int:
-    return CHUNK.get(device.type, CHUNK["cuda"])
+    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 def chunks(N: int, V: int, device: torch.device) -> list[slice]:
@@ -2292,8 +2296,8 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     shown = [row for row in bench.rows if "ms" in row and row["part"] != "roof"]
     shown += [row | {"part": "loss: extra memory"} for row in shown if "peak_mib" in row]
     parts = list(dict.fromkeys(row["part"] for row in shown))
-    columns = min(3, len(parts))
-    lines = -(-len(parts) // columns)
+    columns = max(1, min(3, len(parts)))
+    lines = max(1, -(-len(parts) // columns))
     figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(parts):]:
         axis.axis("off")

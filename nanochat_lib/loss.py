@@ -9,14 +9,14 @@ from torch import Tensor
 
 from nanochat_lib.common import NanochatError, is_main_process
 
-CHUNK = {"cuda": 1 << 27, "cpu": 1 << 24}  # logits held at once
+CHUNK = {"cuda": 1 << 27, "mps": 1 << 25, "cpu": 1 << 24}  # logits held at once
 CACHED = 1 << 19  # logits that a CPU takes through the softmax at once: they stay in its cache
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 NO_KERNEL: list[str] = []  # why the GPU of this machine goes without our kernel
 
 
 def limit(device: torch.device) -> int:
-    return CHUNK.get(device.type, CHUNK["cuda"])
+    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 def chunks(N: int, V: int, device: torch.device) -> list[slice]:
