@@ -68,6 +68,12 @@ def test_no_race_begins_after_the_time(capsys):
     assert bench.rows == [{"part": "forward", "case": "T 8", "way": "ours", "failed": "no time was left"}]
 
 
+def test_a_run_without_time_still_writes(tmp_path, capsys):
+    script.kernel_bench(script.Settings(out=tmp_path / "kernels", seconds=-1.0, compile_figures=False, device_type="cpu"))
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert rows and all(row["failed"] == "no time was left" for row in rows) and (tmp_path / "kernels.png").exists()
+
+
 def test_whole_run_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "cpu_rows", lambda bench: loss_rows(bench, 64, 128, 16))
     script.kernel_bench(script.Settings(out=tmp_path / "deep" / "kernels", quick=True, compile_figures=False,

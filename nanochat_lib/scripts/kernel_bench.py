@@ -73,8 +73,8 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     shown = [row for row in bench.rows if "ms" in row and row["part"] != "roof"]
     shown += [row | {"part": "loss: extra memory"} for row in shown if "peak_mib" in row]
     parts = list(dict.fromkeys(row["part"] for row in shown))
-    columns = min(3, len(parts))
-    lines = -(-len(parts) // columns)
+    columns = max(1, min(3, len(parts)))
+    lines = max(1, -(-len(parts) // columns))
     figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(parts):]:
         axis.axis("off")
