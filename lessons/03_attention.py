@@ -1458,7 +1458,8 @@ def build(kernel, types: dict, constants: dict, options: dict, capability: int):
                        {(n,): [["tt.divisibility", 16]] for n in aligned})
     return compile(source, GPUTarget("cuda", capability, 32), options)
 
-
+# %%
+#| export kernels/compile_check
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers a thread, and bytes of its registers that spilled to memory, as the machine code says."""
     from triton import knobs
@@ -1495,7 +1496,8 @@ def report(module: str, index: int, capability: int) -> dict:
         row["fault"] = "its products wait for each other (wgmma serialized): other tiles or warps"
     return row
 
-
+# %%
+#| export kernels/compile_check
 def check(names: list[str], chips: list[int], jobs: int | None = None, only: str = "") -> list[dict]:
     """Rows for the cases of these modules on these chips, compiled in `jobs` fresh processes (default: a core each)."""
     work = [(name, index, chip) for name in names for chip in chips
@@ -1516,7 +1518,8 @@ def table(rows: list[dict]) -> str:
                      f"{shared:>11} {CHIPS[row['sm']]:>4} {row.get('warps', '-'):>6}  {row['fault']}".rstrip())
     return "\n".join(lines)
 
-
+# %%
+#| export kernels/compile_check
 @dataclass
 class Settings:
     """What to compile."""
@@ -2004,7 +2007,8 @@ def clock_round(contestants: dict[str, Callable[[], object]]) -> dict[str, float
         times[name] = 1000 * (time.perf_counter() - begin)
     return times
 
-
+# %%
+#| export timing
 def race(contestants: dict[str, Callable[[], object]], device: torch.device | str, rounds: int = 20,
          seconds: float = 2.0) -> tuple[dict[str, float], dict[str, str]]:
     """Medians in milliseconds of interleaved rounds, and why each contestant that raised is not among them.
@@ -2114,7 +2118,8 @@ SDPA = {"cuDNN": of_pytorch(SDPBackend.CUDNN_ATTENTION), "flash (PyTorch)": of_p
 OURS = {"ours": ways.triton_attention}
 FLEX = {"FlexAttention": ways.flex}
 
-
+# %%
+#| export kernel_races
 def backward_of(run: Callable, leaves: tuple[torch.Tensor, ...]) -> Callable:
     """The backward pass alone: its forward runs once, when it is first called."""
     kept = []
@@ -2147,7 +2152,8 @@ def attention_rows(bench: Bench, B: int, T: int, window: int, flex_full: bool, H
     contestants = {name: backward_of(run, (q, k, v)) for name, run in every.items()}
     bench.measure("backward", case, contestants, 2.5 * full, "TFLOP/s")
 
-
+# %%
+#| export kernel_races
 def decoding_rows(bench: Bench, B: int, H: int = 16, KVH: int = 16, S: int = 2048, D: int = 128) -> None:
     """One new token a row against a cache of S tokens; counted in bytes of keys and values."""
     q = torch.randn(B, 1, H, D, device=bench.device, dtype=torch.bfloat16)
@@ -2189,7 +2195,8 @@ def loss_rows(bench: Bench, tokens: int, vocab: int, width: int) -> None:
             continue
     bench.measure("loss", case, contestants, 6 * tokens * vocab * width, "TFLOP/s", peaks)
 
-
+# %%
+#| export kernel_races
 def chunked_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss head without our kernel: its chunks in plain PyTorch."""
     loss.NO_KERNEL.append("not asked for")
@@ -2285,7 +2292,8 @@ def targets(bench: Bench) -> list[dict]:
             / get("forward + backward", case, "full"), "≤", 0.5)
     return found
 
-
+# %%
+#| export scripts/kernel_bench
 ROOFS = {"TFLOP/s": ("8,192³", "matmul"), "GB/s": ("1 GiB", "copy")}
 
 
@@ -2318,7 +2326,8 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
-
+# %%
+#| export scripts/kernel_bench
 def parts_for(bench: Bench) -> list[Callable[[], None]]:
     """What this machine can race, the most telling first."""
     if bench.device.type != "cuda":
