@@ -245,7 +245,7 @@ for advantage, style in ((1.0, "-"), (-1.0, "--")):
         gain = clipped_gain(now, torch.zeros(200), torch.tensor(advantage), Terms(*CLIPS[name]))
         right.plot(ratios, torch.autograd.grad(gain.sum(), now)[0], style, label=f"{name}, advantage {advantage:+.0f}")
 right.set(xlabel="ratio of new to old probability", ylabel="push on the token")
-right.legend(fontsize=8)
+_ = right.legend(fontsize=8)
 
 # %% [markdown]
 # ## What an answer earns
@@ -404,6 +404,11 @@ class Question:
     def decided(self) -> bool:
         """All answers earned the same: nothing to learn from the difference."""
         return max(self.rewards) - min(self.rewards) < 1e-9
+
+    @property
+    def right(self) -> bool:
+        """Whether the first answer earned all there is for an answer (of a decided question: all of them did)."""
+        return self.parts[0].get("answer", self.rewards[0]) >= 1
 
 # %%
 #| export rl
@@ -576,8 +581,8 @@ def statistics(questions: list[Question], tool: int, output: int = -1) -> dict[s
         "answers": len(answers),
         "reward": sum(sum(question.rewards) for question in questions),
         **parts,
-        "all_right": sum(question.decided and question.rewards[0] > 0 for question in questions),
-        "all_wrong": sum(question.decided and question.rewards[0] <= 0 for question in questions),
+        "all_right": sum(question.decided and question.right for question in questions),
+        "all_wrong": sum(question.decided and not question.right for question in questions),
         "length": sum(len(answer.tokens) for answer in answers),
         "cut": sum(answer.stop_token is None for answer in answers),
         "tool_use": sum(made > 0 for made, _ in calls),
@@ -791,8 +796,8 @@ for curves in results.values():
     assert curves[:, -1].mean() > curves[:, 0].mean()
 
 # %% [markdown]
-# Twice the updates from the same answers, and no run came apart. How much of the lead is the second update, and how much
-# the z-scores? Give `contest` one update each and see.
+# Twice the updates from the same answers, and no run came apart. How much of the lead is the second update, and how
+# much the z-scores? Give `contest` one update each and see.
 #
 # ## One gets what one pays for
 #
@@ -801,6 +806,7 @@ for curves in results.values():
 # being right: `format=1,length=1`.
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 class Worked(Sums):
     """The same sums, worked out; one demonstration in six is a guess."""
 
@@ -1402,13 +1408,35 @@ if curves := [event for event in events if "pass_at_k" in event]:
     ax.set(xlabel="k", ylabel="pass@k, test questions")
     ax.legend()
 
+# %% [markdown]
+# And the answers: choose a step and one of its questions, those first that were decided neither way.
+
 # %%
 # NBVAL_IGNORE_OUTPUT
-tries = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-question = max(tries, key=lambda line: 0 < line["mean_reward"] < 1)  # one that was decided neither way
-print(f"step {question['step']}: {question['question']}")
-for answer in question["answers"][:4]:
-    print(f"\n{answer['count']} times, advantage {answer['advantage']:+.2f}: {answer['text'][:300]}")
+import html
+
+from IPython.display import HTML
+
+by_step = {}
+for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines():
+    by_step.setdefault(json.loads(line)["step"], []).append(json.loads(line))
+
+
+def page(step, number):
+    """One question of a step with its different answers as HTML, the frequent ones first, coloured by advantage."""
+    questions = sorted(by_step[step], key=lambda line: abs(line["mean_reward"] - 0.5))
+    line, rows = questions[number % len(questions)], []
+    for answer in line["answers"]:
+        shade = "#{:02x}{:02x}{:02x}".format(*plt.cm.RdYlGn(0.5 + answer["advantage"] / 2, bytes=True)[:3])
+        text = html.escape(answer["text"]).replace("\n", "<br>")
+        rows.append(f"<tr><td>{answer['count']} ×</td><td>{answer['reward']:.2f}</td><td style='background:{shade};"
+                    f"color:#222;text-align:left'>{text}</td></tr>")
+    asked = html.escape(line["question"])
+    return HTML(f"<b>{asked}</b><table><tr><th></th><th>reward</th><th>answer</th></tr>{''.join(rows)}</table>")
+
+
+display(page(min(by_step), 0), page(max(by_step), 0))
+_ = ipywidgets.interact(page, step=ipywidgets.SelectionSlider(options=sorted(by_step)), number=(0, 15))
 
 # %% [markdown]
 # ## Exercises

@@ -39,6 +39,11 @@ class Question:
         """All answers earned the same: nothing to learn from the difference."""
         return max(self.rewards) - min(self.rewards) < 1e-9
 
+    @property
+    def right(self) -> bool:
+        """Whether the first answer earned all there is for an answer (of a decided question: all of them did)."""
+        return self.parts[0].get("answer", self.rewards[0]) >= 1
+
 
 def questions_of_step(step: int, per_step: int, size: int, seed: int = 42) -> list[int]:
     """Numbers of the questions of a step: pass after pass over a task of `size`, each in its own order.
@@ -188,8 +193,8 @@ def statistics(questions: list[Question], tool: int, output: int = -1) -> dict[s
         "answers": len(answers),
         "reward": sum(sum(question.rewards) for question in questions),
         **parts,
-        "all_right": sum(question.decided and question.rewards[0] > 0 for question in questions),
-        "all_wrong": sum(question.decided and question.rewards[0] <= 0 for question in questions),
+        "all_right": sum(question.decided and question.right for question in questions),
+        "all_wrong": sum(question.decided and not question.right for question in questions),
         "length": sum(len(answer.tokens) for answer in answers),
         "cut": sum(answer.stop_token is None for answer in answers),
         "tool_use": sum(made > 0 for made, _ in calls),
