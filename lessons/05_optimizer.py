@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.fused import on_gpu_compiled
+from nanochat_lib.compiling import on_gpu_compiled
 from nanochat_lib.muon import muon_step, second_moment_like
 
 # %%
@@ -103,6 +103,37 @@ def adamw_step(weights: list[torch.Tensor], gradients: list[torch.Tensor], first
 # Ten passes over the tensors, and a vocabulary's tables are most of a small model: the step waits for memory ten times.
 # So large tensors get one pass: on a GPU a compiler makes it of the formula; on a CPU PyTorch has it built in for
 # float32, and weights in bfloat16 are widened piece by piece, each piece small enough to stay in the cache.
+
+# %%
+#| export compiling
+"""torch.compile for single formulas, where there is a GPU and a compiler for it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_lib.common import print0
+
+NO_COMPILER: list[str] = []  # why the GPU of this machine goes without
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+def on_gpu_compiled(function: Callable, x: Tensor, *args: Any) -> Any:
+    """function(x, *args), on a GPU through torch.compile, where that works: one pass over memory instead of many."""
+    if x.is_cuda and not NO_COMPILER:
+        try:
+            return compiled(function)(x, *args)
+        except Exception as error:
+            NO_COMPILER.append((str(error).splitlines() or [repr(error)])[0])
+            print0(f"{function.__name__} is not compiled ({NO_COMPILER[0][:150]}): going on without")
+    return function(x, *args)
 
 # %%
 #| export
@@ -259,7 +290,7 @@ def express(steps=5, low=1e-3, safety=2e-2, cushion=2e-2):
 import torch
 
 from nanochat_lib.common import compute_dtype
-from nanochat_lib.fused import on_gpu_compiled
+from nanochat_lib.compiling import on_gpu_compiled
 
 # p(x) = a·x + b·x³ + c·x⁵, one after the other: 5 steps, safety 2e-2, cushion 2e-2 (arXiv 2505.16932)
 POLAR_EXPRESS = (

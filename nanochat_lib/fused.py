@@ -2,39 +2,15 @@
 """Formulas that are all memory traffic, with gradients by hand: norm, relu squared; and the softcap."""
 
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from nanochat_lib.common import print0
-
-NO_COMPILER: list[str] = []  # why the GPU of this machine goes without torch.compile
-
 
 def by_hand(x: Tensor) -> bool:
     """True where our gradients beat autograd's: training on the CPU, unless a compiler fuses the plain formula."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
-
-
-def on_gpu_compiled(function: Callable, x: Tensor, *args: Any) -> Any:
-    """function(x, *args), on a GPU through torch.compile, where that works: one pass over memory instead of many."""
-    if x.is_cuda and not NO_COMPILER:
-        try:
-            return compiled(function)(x, *args)
-        except Exception as error:
-            NO_COMPILER.append((str(error).splitlines() or [repr(error)])[0])
-            print0(f"{function.__name__} is not compiled ({NO_COMPILER[0][:150]}): going on without")
-    return function(x, *args)
 
 
 def norm(x: Tensor, scale: float = 1.0) -> Tensor:

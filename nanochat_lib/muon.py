@@ -4,7 +4,7 @@
 import torch
 
 from nanochat_lib.common import compute_dtype
-from nanochat_lib.fused import on_gpu_compiled
+from nanochat_lib.compiling import on_gpu_compiled
 
 # p(x) = a·x + b·x³ + c·x⁵, one after the other: 5 steps, safety 2e-2, cushion 2e-2 (arXiv 2505.16932)
 POLAR_EXPRESS = (

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.fused import on_gpu_compiled
+from nanochat_lib.compiling import on_gpu_compiled
 from nanochat_lib.muon import muon_step, second_moment_like
 
 

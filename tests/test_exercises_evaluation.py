@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanochat_lib import evaluation
+from nanochat_lib import evaluation, scoring
 from nanochat_lib.course.checks import evaluation as check
 from nanochat_lib.course.grading import solutions_of
 
@@ -23,7 +23,7 @@ def test_solutions_pass(solutions, name, base_dir):
 
 def test_the_library_passes_its_own_exercises(solutions, base_dir):
     assert check.bits_per_byte(evaluation.bits_per_byte).passed
-    assert check.rows_of(evaluation.rows_of).passed
+    assert check.rows_of(scoring.rows_of).passed
     assert check.luck(solutions["answer"]).passed
     assert check.luck(None).state == "not done yet"
 
@@ -54,35 +54,35 @@ def test_wrong_bits_per_byte(answer, sentence, base_dir):
 
 
 def inclusive(kind, rows):
-    return [(ids, start, end - 1) for ids, start, end in evaluation.rows_of(kind, rows)]
+    return [(ids, start, end - 1) for ids, start, end in scoring.rows_of(kind, rows)]
 
 
 def prefix_only(kind, rows):
-    return evaluation.rows_of("multiple_choice" if kind == "schema" else kind, rows)
+    return scoring.rows_of("multiple_choice" if kind == "schema" else kind, rows)
 
 
 def both_rows(kind, rows):
-    return evaluation.rows_of("multiple_choice" if kind == "language_modeling" else kind, rows)
+    return scoring.rows_of("multiple_choice" if kind == "language_modeling" else kind, rows)
 
 
 def by_length(kind, rows):
     if kind == "language_modeling":
         return [(rows[1], len(rows[0]), len(rows[1]))]
-    return evaluation.rows_of(kind, rows)
+    return scoring.rows_of(kind, rows)
 
 
 def unguarded(kind, rows):
     if kind == "multiple_choice":
-        start = evaluation.common_prefix(rows)
+        start = scoring.common_prefix(rows)
         return [(ids, start, len(ids)) for ids in rows]
-    return evaluation.rows_of(kind, rows)
+    return scoring.rows_of(kind, rows)
 
 
 def from_the_first(kind, rows):
     if kind == "schema":
-        shared = evaluation.common_prefix([ids[::-1] for ids in rows])
+        shared = scoring.common_prefix([ids[::-1] for ids in rows])
         return [(ids, len(ids) - shared, len(ids)) for ids in rows]
-    return evaluation.rows_of(kind, rows)
+    return scoring.rows_of(kind, rows)
 
 
 @pytest.mark.parametrize("answer, sentence", [
@@ -92,7 +92,7 @@ def from_the_first(kind, rows):
     (by_length, "may fuse"),
     (unguarded, "beginning of another"),
     (from_the_first, "first token is never scored"),
-    (lambda kind, rows: [row[:2] for row in evaluation.rows_of(kind, rows)], "triple"),
+    (lambda kind, rows: [row[:2] for row in scoring.rows_of(kind, rows)], "triple"),
 ])
 def test_wrong_rows_of(answer, sentence, base_dir):
     verdict = check.rows_of(answer)

@@ -1,8 +1,11 @@
 """optim (lesson 05) against torch.optim.AdamW, a float64 Muon written from the papers, and itself on two processes."""
 
+import types
+
 import pytest
 import torch
 
+from nanochat_lib import compiling
 from nanochat_lib.common import NanochatError
 from nanochat_lib.muon import POLAR_EXPRESS, direction, equalize_rows, muon_step, polar_express, second_moment_like
 from nanochat_lib.optim import LARGE, MuonAdamW, Shard, adamw_formula, adamw_step, fast_adamw, owned_rows, parameter_groups
@@ -179,6 +182,17 @@ def test_the_formula_for_a_compiler_is_the_step(dtype):
     for a, b in zip(ours, theirs):
         rounding = 2e-2 if a.dtype == torch.bfloat16 else 1e-5  # the step rounds twice, the formula once
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
+
+
+def test_without_a_compiler_formulas_run_as_they_are(monkeypatch, capsys):
+    def missing(*args, **kwargs):
+        raise RuntimeError("no C compiler\nmuch more")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    monkeypatch.setattr(compiling, "NO_COMPILER", [])
+    on_a_gpu = types.SimpleNamespace(is_cuda=True)
+    results = [compiling.on_gpu_compiled(lambda x, n: n + 1, on_a_gpu, n) for n in (1, 2)]
+    assert results == [2, 3] and capsys.readouterr().out.count("no C compiler): going on without") == 1
 
 
 def test_groups_hold_every_parameter_once(make_model):
