@@ -75,7 +75,8 @@ class Engine:
         heads = {tuple(request.prompt[:request.shared]) for request in fitting if request.shared}
         capacity = max((request.tail() + room(request, context) - 1 for request in fitting), default=1)
         prefix_capacity = max(map(len, heads), default=1)
-        capacity, prefix_capacity = (-(-max(positions, 1) // 64) * 64 for positions in (capacity, prefix_capacity))
+        step = 128 if self.runner.device.type == "cuda" else 16  # sizes that recur: slots and graphs are used again
+        capacity, prefix_capacity = (-(-max(positions, 1) // step) * step for positions in (capacity, prefix_capacity))
         batch = self.batch(max(1, min(rows, len(requests))), capacity, 1 / 8, min(len(heads), rows), prefix_capacity)
         for request in sorted(requests, key=lambda request: len(request.prompt)):
             batch.add(request)

@@ -61,7 +61,7 @@ def prefill(runner: Runner, slots: Slots, at: int, joining: list[Request],
             if not requests:
                 slots.keep_head(slots.known[text], cache, row, len(text), logits[row])
         if rows:
-            slots.keep_tails(at, cache, rows)
+            slots.keep_tails(at, cache, rows, 0, len(chunk[rows[-1]][0]))  # beginnings may be longer
             yield [request for _, requests in chunk for request in requests], logits[rows]
             at += len(rows)
     whole = [request for request in joining if request.shared == len(request.prompt)]

@@ -224,6 +224,16 @@ def test_markers_out_of_order_wedge_nothing(scripted, tokenizer, parts, said):
     assert forced == ([] if said is None else [scripted.output_start, *tokenizer.encode(said), scripted.output_end])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_markers_wedges_a_row(scripted, tokenizer, seed):
+    dice = np.random.default_rng(seed)
+    for _ in range(12):
+        parts = dice.choice(["start", "end", "out", "1+1", "a", "'b'.count('b')", "2*"], dice.integers(1, 25)).tolist()
+        answer = play(scripted, tokenizer, *parts, max_tokens=int(dice.integers(1, 70)))
+        assert answer.finish_reason in ("stop", "length", "context") and len(answer.tokens) == len(answer.mask) <= 64
+        assert (answer.finish_reason == "stop") == (answer.stop_token is not None)
+
+
 def test_budget_and_context_cut_a_tools_answer(scripted, tokenizer):
     answer = play(scripted, tokenizer, "start", "2+2", "end", max_tokens=len(tokenizer.encode("2+2")) + 3)
     assert answer.finish_reason == "length" and answer.mask[-1] == 0 and answer.tokens[-1] == scripted.output_start

@@ -1,6 +1,7 @@
 """The calculator: right on what it knows, silent on all else."""
 
 import math
+import sys
 import time
 
 import pytest
@@ -44,6 +45,32 @@ def test_any_text_is_answered_in_time(expressions):
         value = calculate(expression)
         assert value is None or (math.isfinite(float(value)) and len(value) < 100)
     assert time.process_time() - begin < 1
+
+
+WATCHED: list[str] | None = None  # what the interpreter was asked to do, while a test listens
+
+
+def listen(event, arguments):
+    if WATCHED is not None and event != "compile":  # a parse is one
+        WATCHED.append(event)
+
+
+sys.addaudithook(listen)
+WORDS = st.sampled_from(["__import__", "('os')", ".system", "('x')", "open", "eval", "exec", "().", "__class__", "__bases__", "[0]", "1", "+",
+                         "'a'", ".count", "('a')", "getattr", "print", "lambda:", "(", ")", " ", ",", "\n", "import os", "2,000", ".real"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(WORDS, max_size=12).map("".join), min_size=20, max_size=20))
+def test_nothing_is_imported_opened_or_run(expressions):
+    global WATCHED
+    for expression in expressions:
+        WATCHED = []
+        try:
+            value = calculate(expression)
+        finally:
+            asked, WATCHED = WATCHED, None
+        assert asked == [] and (value is None or math.isfinite(float(value)))
 
 
 NUMBER = st.integers(0, 999).map(str) | st.decimals(0, 99, places=2).map(str)
