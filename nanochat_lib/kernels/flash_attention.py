@@ -16,6 +16,7 @@ INTERPRETING = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy inste
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: it is what the hardware has
+SIZES = ["T", "H", "KVH", "group", "window"]  # arguments that change often: not compiled anew for each value
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
     return weights, total * rescale + tl.sum(weights, 1), new_top, rescale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
                    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
@@ -126,7 +127,7 @@ def _(q, k, v, window):
     return q.new_empty(q.shape), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
               D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
@@ -160,7 +161,7 @@ def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, 
     dq_all.store([batch, head, start, 0], (dq * factor).to(dq_all.dtype).reshape(1, 1, BLOCK_M, D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(q_all, k_all, v_all, do_all, dk_all, dv_all, lse_all, delta_all, T, KVH, group, window, scale, factor,
                 D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one block of keys of one key head, from all heads of its group."""
