@@ -13,12 +13,12 @@
 # %% [markdown]
 # # 12 · Chat
 #
-# *How do I talk to it?* — 20 minutes, about one of them computing.
+# *How do I talk to it?* — 30 minutes, about one of them computing.
 #
 # The model continues a document; a chat is a document written by two. Everything in this lesson is bookkeeping around
 # that one fact: render the conversation so far, let the engine (lesson 08) continue it, show each token as it comes,
 # stop when asked. The same bookkeeping serves three doors: a box in the notebook, a terminal, a web server that any
-# OpenAI client can call.
+# OpenAI client can call. And since it is our own model that answers, we can look inside while it does.
 
 # %%
 #| default_exp chat
@@ -198,7 +198,8 @@ class Sampling:
         return {"temperature": self.temperature, "top_k": self.top_k or None, "top_p": self.top_p,
                 "max_tokens": self.max_tokens, "seed": seed}
 
-
+# %%
+#| export
 class Answer:
     """The answer to a conversation: iterate for its pieces; `content` is what it has said so far.
 
@@ -754,6 +755,7 @@ box = ChatBox(session)
 box.entry.value = "Walt has 26 apples and finds 28 more. He shares them among 6 friends. How many apples does each get?"
 box.send()
 box.thread.join()
+box.chances.value = True  # as the button `probabilities` does
 box
 
 # %% [markdown]
@@ -862,9 +864,10 @@ for one in range(len(maps)):
             print(f"without layer {one}, head {other}: {sureness():.2f}")
 
 # %% [markdown]
-# In a model of the `laptop` preset one head does the copying, and without it the numbers are gone; the tour's model
-# has not learned to copy yet. Heads that find what came before are among the first things that attention learns, and
-# much of what looks like reasoning stands on them (Olsson et al., *In-context Learning and Induction Heads*, 2022).
+# In our run of the `laptop` preset one head does the copying, and without it the probability of the numbers falls
+# from 0.99 to 0.01; the tour's model has not learned to copy yet. Heads that find what came before are among the
+# first things that attention learns, and much of what looks like reasoning stands on them (Olsson et al., *In-context
+# Learning and Induction Heads*, 2022).
 
 # %% [markdown]
 # ## The terminal
@@ -1584,9 +1587,9 @@ def chat_web(settings: ChatWeb) -> None:
 
 # %% [markdown]
 # `python -m nanochat_lib.scripts.chat_web`, then http://127.0.0.1:8000: the page (`nanochat_lib/chat.html`) is one
-# file that loads nothing from elsewhere. Whatever a model writes is shown as text, never run as markup. The same
-# address serves programs. Here one asks a server that runs in a thread of this notebook, and reads the answer as it
-# comes:
+# file that loads nothing from elsewhere. Whatever a model writes is shown as text, never run as markup; of Markdown,
+# code, bold type and headings become elements that the page makes itself. The same address serves programs. Here one
+# asks a server that runs in a thread of this notebook, and reads the answer as it comes:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1618,6 +1621,18 @@ with urlopen(web_request) as stream:
 # %% [markdown]
 # Each bar ends an event of the stream.
 #
+# With OpenAI's own client it is `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. `stop`, `seed`,
+# `top_p`, `logprobs` and their like are heeded; what would be ignored (`n`, `tools`, `response_format`) is refused.
+# And what is wrong with a request is said before any model works on it:
+
+# %%
+for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "user", "content": "x" * 9000}]):
+    try:
+        read_messages({"messages": messages})
+    except ApiError as error:
+        print(error.status, error)
+
+# %% [markdown]
 # The server listens on this machine alone. `--host 0.0.0.0` opens it to the network; then give it a key too, in
 # `$NANOCHAT_API_KEY` or by `--api-key`. Pages of other web sites may not call it, unless `--cors` names theirs.
 #
@@ -1712,7 +1727,8 @@ class Results:
                 f"{self.outcomes[name]} answers were {name}" for name in ("wrong", "crossed", "lost", "failed")
                 if self.outcomes[name]]
 
-
+# %%
+#| export load
 class Load:
     """Clients of the server at host:port. `expected` has each proper request's body as JSON, and the answer to it."""
 
@@ -1980,18 +1996,6 @@ chat_load(ChatLoad(address=f"127.0.0.1:{port}", requests=80, clients=8, prompts=
 server.should_exit = True
 
 # %% [markdown]
-# With OpenAI's own client it is `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. `stop`, `seed`,
-# `top_p`, `logprobs` and their like are heeded; what would be ignored (`n`, `tools`, `response_format`) is refused.
-# And what is wrong with a request is said before any model works on it:
-
-# %%
-for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "user", "content": "x" * 9000}]):
-    try:
-        read_messages({"messages": messages})
-    except ApiError as error:
-        print(error.status, error)
-
-# %% [markdown]
 # ## Where it fails
 #
 # Four questions: one of the kind it was taught, one about itself, one outside its world, one that looks like its sums
@@ -2013,14 +2017,16 @@ for axis, question in zip(axes, questions):
     axis.set_xticks(range(len(seen)), words, rotation=60, ha="right", fontsize=7, parse_math=False)
     sure = np.mean([look.probability for look, mine in zip(seen, own) if mine])
     axis.set_title(f"{question}  (mean probability {sure:.2f})", fontsize=9, loc="left")
+    print(question, "→", "".join(words))
     axis.set(xlim=(-1, 40), ylim=(0, 1))
 _ = figure.supylabel("probability of what was said")
 
 # %% [markdown]
-# Read the answers, then the bars. A wrong answer is written as fluently as a right one, and often with as much
-# confidence: the probabilities say how usual a token is after these words, and nothing on whether it is true. Asked for
-# what its data never held, the model goes on in the form it knows best, because a model that continues documents has no
-# other way to end one. More data, more depth and better examples change how much it knows, not what it is.
+# Read the answers, then the bars (none stands where the calculator wrote). A wrong answer is written as fluently as a
+# right one, and often with as much confidence: the probabilities say how usual a token is after these words, and
+# nothing on whether it is true. Asked for what its data never held, the model goes on in the form it knows best,
+# because a model that continues documents has no other way to end one. More data, more depth and better examples
+# change how much it knows, not what it is.
 #
 # ## Exercises
 #

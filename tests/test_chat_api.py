@@ -13,7 +13,7 @@ from scripted import scripted_model, serving, until
 
 from nanochat_lib.chat import Answer, AnswerReader, ChatModel, Sampling
 from nanochat_lib.engine import Engine
-from nanochat_lib.scripts.chat_web import ChatWeb, make_app
+from nanochat_lib.scripts.chat_web import ChatWeb, chat_web, make_app
 from nanochat_lib.serving import Pool
 
 
@@ -171,3 +171,11 @@ def test_an_open_server_is_reachable_by_any_name_and_a_closed_one_is_not(model):
                 return (await client.get("/health")).status_code
 
         assert asyncio.run(get()) == status
+
+
+def test_a_server_open_to_all_without_a_key_says_so(model, monkeypatch, capsys):
+    monkeypatch.setattr("nanochat_lib.scripts.chat_web.uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr("nanochat_lib.scripts.chat_web.ChatModel.load", lambda *_: model)
+    for host, key, warned in (("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("127.0.0.1", "", False)):
+        chat_web(ChatWeb(host=host, api_key=key, device_type="cpu"))
+        assert ("NANOCHAT_API_KEY" in capsys.readouterr().out) == warned
