@@ -8,7 +8,8 @@ import torch
 from nanochat_lib import compiling
 from nanochat_lib.common import NanochatError
 from nanochat_lib.muon import POLAR_EXPRESS, direction, equalize_rows, muon_step, polar_express, second_moment_like
-from nanochat_lib.optim import LARGE, MuonAdamW, Shard, adamw_formula, adamw_step, fast_adamw, owned_rows, parameter_groups
+from nanochat_lib.optim import (LARGE, MuonAdamW, Shard, adamw_formula, adamw_step, fast_adamw, owned_rows,
+                                parameter_groups)
 from tests.optim_worker import train
 
 
