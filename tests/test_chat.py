@@ -347,6 +347,13 @@ def test_the_official_client_whole_and_streamed(model):
         tools = [chunk.choices[0].delta.part for chunk in chunks if hasattr(chunk.choices[0].delta, "part")]
         assert tools[-1] == {"type": "python_output", "text": "3"}
         assert ask("hi", max_tokens=2).choices[0].finish_reason == "length"
+        told = ask("hi", stop=["(n", "x"], logprobs=True, top_logprobs=2, max_completion_tokens=50).choices[0]
+        assert told.message.content == "You said: hi " and told.finish_reason == "stop"
+        assert all(len(entry.top_logprobs) == 2 for entry in told.logprobs.content)
+        with official.chat.completions.create(model="sft-d3", stream=True, **say("long")) as stream:
+            assert next(iter(stream)).choices[0].delta.role == "assistant"  # and away
+        with pytest.raises(openai.BadRequestError, match="n is not supported"):
+            ask("hi", n=2)
         with pytest.raises(openai.NotFoundError, match="there is no model"):
             official.chat.completions.create(model="gpt-4o", **say("hi"))
         with pytest.raises(openai.BadRequestError, match="temperature must be a number from 0 to 2"):
