@@ -2056,11 +2056,11 @@ infer_bench(Settings(repeats=1, requests=16, questions=4, max_new_tokens=16, dev
 #
 # In [exercises/08_engine](../exercises/08_engine.ipynb):
 #
-# 1. `sample`: temperature, top-k and top-p.
+# 1. `sample`: temperature and top-k.
 # 2. `cache_bytes`: what a cache costs, and which context fits.
 # 3. `calculate`: a calculator on Python's syntax tree.
-# 4. `merge`: attention over two places, put together.
-# 5. `shared_beginnings`: which prompts share a beginning.
+# 4. `look_back`: attention over two places, put together.
+# 5. `continuous_steps`: how many steps a batch needs whose rows come and go.
 # 6. Measure: where does a batch stop paying?
 #
 # **Next:** [09 · Chat](09_sft.ipynb) turns a base model into one that answers.

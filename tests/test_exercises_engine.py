@@ -13,7 +13,7 @@ def solutions():
     return solutions_of("08_engine")
 
 
-@pytest.mark.parametrize("name", ["sample", "cache_bytes", "calculate"])
+@pytest.mark.parametrize("name", ["sample", "cache_bytes", "calculate", "look_back", "continuous_steps"])
 def test_solutions_pass(solutions, name, base_dir):
     verdict = getattr(check, name)(solutions[name])
     assert verdict.passed, verdict
@@ -92,4 +92,54 @@ def only_numbers_by_eval(expression):
 ])
 def test_wrong_calculators(wrong, sentence, base_dir):
     verdict = check.calculate(wrong)
+    assert verdict.state == "wrong" and sentence in verdict.sentence, verdict
+
+
+def sums(q, k, v, bias, scale=True, shift=False, norm=False):
+    scores = q @ k.transpose(1, 2) / (q.size(-1) ** 0.5 if scale else 1) + bias
+    weights = (scores - scores.amax(-1, keepdim=True) if shift else scores).exp()
+    total, weight = weights @ v, weights.sum(-1, keepdim=True)
+    return (total / weight, weight / weight) if norm else (total, weight)
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    (lambda q, k, v, bias: sums(q, k, v, bias)[0], "not a Tensor"),
+    (lambda q, k, v, bias: (*sums(q, k, v, bias), bias), "you gave 3"),
+    (lambda q, k, v, bias: (sums(q, k, v, bias)[0], sums(q, k, v, bias)[1][..., 0]), "shape"),
+    (lambda q, k, v, bias: sums(q, k, v, bias, scale=False), "Divide the scores"),
+    (lambda q, k, v, bias: sums(q, k, v, bias, shift=True), "do not add up"),
+    (lambda q, k, v, bias: sums(q, k, v, bias, norm=True), "do not add up"),
+    (lambda q, k, v, bias: sums(q, k, v, bias * 0 if bias.isfinite().all() else torch.zeros_like(bias)), "are hidden"),
+    (lambda q, k, v, bias: tuple(map(torch.nan_to_num, sums(q, k, v, bias))) if bias.isfinite().any() else sums(
+        q, k, v, bias, norm=True), "not nan"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_wrong_sums(wrong, sentence, base_dir):
+    verdict = check.look_back(wrong)
+    assert verdict.state == "wrong" and sentence in verdict.sentence, verdict
+
+
+def longest_first(budgets, rows):
+    ends = [0] * rows
+    for budget in sorted(budgets, reverse=True):
+        ends[ends.index(min(ends))] += budget
+    return max(ends)
+
+
+def emptied(budgets, rows):
+    ends = [0] * rows
+    while budgets:
+        ends[ends.index(min(ends))] += budgets.pop(0)
+    return max(ends)
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    (lambda budgets, rows: sum(max(budgets[i:i + rows]) for i in range(0, len(budgets), rows)), "waves of two"),
+    (lambda budgets, rows: sum(budgets) / rows, "not a float"),
+    (lambda budgets, rows: -(-sum(budgets) // rows), "longest decides"),
+    (lambda budgets, rows: max(budgets), "raised"),
+    (longest_first, "not taken first"),
+    (emptied, "belongs to the caller"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_wrong_steps(wrong, sentence, base_dir):
+    verdict = check.continuous_steps(wrong)
     assert verdict.state == "wrong" and sentence in verdict.sentence, verdict

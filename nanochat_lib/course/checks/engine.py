@@ -108,6 +108,70 @@ def calculate(answer):
 CALLED: list[int] = []  # an answer that uses eval leaves a trace here
 
 
+@exercise(difficulty=3, importance=4, minutes=20, hints=[
+    "Scores of all pairs: q @ k.transpose(1, 2), divided by the root of q.size(-1), plus the bias.",
+    "weights = scores.exp(); an e to the −∞ is 0, so what is hidden drops out by itself.",
+    "Return weights @ v and weights.sum(dim=-1, keepdim=True), and do not divide one by the other.",
+])
+def look_back(answer):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 4, generator=generator) for n in (3, 5, 5))
+    got = answer(q, k, v, torch.zeros(2, 3, 5))
+    expect_type(got, tuple)
+    expect(len(got) == 2, f"Two sums are wanted, of e^score · value and of e^score; you gave {len(got)}.")
+    expect_shape(got[0], (2, 3, 4), torch.float32)
+    expect_shape(got[1], (2, 3, 1), torch.float32)
+    one = answer(torch.full((1, 1, 4), 2.0), torch.ones(1, 1, 4), torch.full((1, 1, 4), 3.0), torch.zeros(1, 1, 1))
+    e4 = float(np.exp(4.0))
+    expect(abs(float(one[1]) - np.exp(8.0)) > 1, "Divide the scores by √D, the root of the head's width.")
+    expect(abs(float(one[1]) - 1.0) > 1e-3, "The weights are normed, or a maximum was taken off: then two places do not add up. Give the "
+           "plain sum of e^score.")
+    expect(abs(float(one[1]) - e4) < 1e-2, f"One key with score 8 / √4 = 4: the sum of e^score is e⁴ = {e4:.2f}, not {float(one[1]):.2f}.")
+    expect(abs(float(one[0][0, 0, 0]) - 3 * e4) < 0.1, f"One key with score 4 and value 3: the sum is 3 e⁴ = {3 * e4:.1f}, not "
+           f"{float(one[0][0, 0, 0]):.1f}.")
+    bias = torch.zeros(2, 3, 5)
+    bias[:, :, 3:] = -torch.inf
+    for have, want in zip(answer(q, k, v, bias), answer(q, k[:, :3], v[:, :3], bias[..., :3])):
+        expect(torch.allclose(have, want, atol=1e-5), "Keys with a bias of −∞ are hidden: they should change nothing. Add the bias to the scores.")
+    nothing = answer(q, k, v, torch.full((2, 3, 5), -torch.inf))
+    expect(all(torch.equal(part, torch.zeros_like(part)) for part in nothing), "Where nothing is seen both sums are 0, not nan.")
+    (a, b), (c, d) = answer(q, k[:, :2], v[:, :2], bias[..., :2]), answer(q, k[:, 2:], v[:, 2:], bias[..., 2:])
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    expect(torch.allclose((a + c) / (b + d), expected, atol=1e-5), "Two places added up differ from PyTorch's attention over both.")
+
+
+def simulated_steps(budgets: list[int], rows: int) -> int:
+    """Step by step, as a batch does it."""
+    left, running, steps = list(budgets), [], 0
+    while left or running:
+        while left and len(running) < rows:
+            running.append(left.pop(0))
+        running, steps = [n - 1 for n in running if n > 1], steps + 1
+    return steps
+
+
+@exercise(difficulty=2, importance=4, minutes=15, hints=[
+    "Keep for each row the step after which it is free; at first they are all 0.",
+    "The next request goes to the row that is free first: ends[ends.index(min(ends))] += budget.",
+    "All are finished when the last row is: max(ends).",
+])
+def continuous_steps(answer):
+    got = answer([3, 1, 1, 1], 2)
+    expect_type(got, int)
+    expect(got != 4, "That is waves of two: 3 + 1 steps. While the first request takes its three steps, the other row serves three.")
+    expect_equal(got, 3, "Requests of 3, 1, 1 and 1 tokens on two rows: one row takes the first, the other the rest.")
+    expect_equal(answer([], 4), 0, "No request takes no step.")
+    expect_equal(answer([4, 2, 5], 1), 11, "On one row they come one after another.")
+    expect_equal(answer([4, 2, 5], 8), 5, "With more rows than requests the longest decides.")
+    expect_equal(answer([1, 1, 5], 2), 6, "Order of arrival: a long request that comes last is not taken first.")
+    dice = np.random.default_rng(0)
+    for _ in range(50):
+        budgets, rows = dice.integers(1, 20, dice.integers(1, 15)).tolist(), int(dice.integers(1, 6))
+        before = list(budgets)
+        expect_equal(answer(budgets, rows), simulated_steps(before, rows), f"Requests of {before} tokens on {rows} rows, step by step.")
+        expect(budgets == before, "The list of budgets was changed: it belongs to the caller.")
+
+
 @exercise(difficulty=1, importance=4, minutes=10, hints=[
     "rate(32) / rate(1); run it twice, the first call is slower.",
 ])
