@@ -36,8 +36,8 @@ def wanted() -> str:
     return name
 
 
-def lacks(way: str, device: str, usual: bool) -> str:
-    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; "" if it can. `usual`: heads."""
+def lacks(way: str, device: str, heads: str, dtype: torch.dtype) -> str:
+    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; "" if it can. `heads`: size()."""
     if way in FAILED:
         return "it failed before"
     if not HAVE_TRITON:
@@ -45,19 +45,21 @@ def lacks(way: str, device: str, usual: bool) -> str:
     on_ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if not on_ampere and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
         return "it needs a CUDA GPU of compute capability 8.0 or later"
-    if not usual:
+    if not heads:
         return f"the head dimension is none of {', '.join(map(str, HEAD_DIMS))}"
+    if way == "triton" and heads == "large" and dtype == torch.float32 and device == "cuda":
+        return "float32 heads above 64 do not fit a thread's registers"
     return ""
 
 
 @torch.compiler.assume_constant_result
-def choose(device: str, dtype: torch.dtype, usual: bool, full: bool, short: bool, compiling: bool) -> str:
-    """The way for one layer. `usual`: its head dimension; `full`: the window hides no key; `short`: T ≤ two windows."""
+def choose(device: str, dtype: torch.dtype, heads: str, full: bool, short: bool, compiling: bool) -> str:
+    """The way for one layer. `heads`: size(q); `full`: the window hides no key; `short`: T ≤ two windows."""
     want = wanted()
     if want == "reference":
         return want
     if want in ("flex", "triton"):
-        if not (reason := lacks(want, device, usual)):
+        if not (reason := lacks(want, device, heads, dtype)):
             return want
         notice(f"{want} not used: {reason}")
     if full:
@@ -67,7 +69,7 @@ def choose(device: str, dtype: torch.dtype, usual: bool, full: bool, short: bool
         return "blocks" if plain or short else "band"
     if device == "cuda" and not want:
         for way in ("triton", "flex"):
-            if not (reason := lacks(way, device, usual)):
+            if not (reason := lacks(way, device, heads, dtype)):
                 return way
         notice(f"windows are a mask here, which saves no time: {reason}")
     return "sdpa"
@@ -78,6 +80,11 @@ def yes(condition: bool) -> bool:
     return True if condition else False
 
 
+def size(q: torch.Tensor) -> str:
+    """Of the heads of q: "small" (up to 64), "large", or "" for dimensions that our kernels do not take."""
+    return ("large" if q.size(3) > 64 else "small") if q.size(3) in HEAD_DIMS else ""
+
+
 def backend(q: torch.Tensor, window: int | None = None) -> str:
     """The way `attention` takes for q (B, T, H, D).
 
@@ -86,8 +93,7 @@ def backend(q: torch.Tensor, window: int | None = None) -> str:
     T = q.size(1)
     full = yes(window is None or window >= T - 1)
     short = yes(not full and T <= 2 * window)
-    usual = yes(q.size(3) in HEAD_DIMS)
-    return choose(q.device.type, q.dtype, usual, full, short, torch.compiler.is_compiling())
+    return choose(q.device.type, q.dtype, size(q), full, short, torch.compiler.is_compiling())
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -158,12 +164,12 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None =
 
 
 @torch.compiler.assume_constant_result
-def decoding_backend(device: str, usual: bool) -> str:
+def decoding_backend(device: str, heads: str) -> str:
     """The way `cached_attention` takes: "reference", "sdpa", or "triton", our kernel, the default on CUDA."""
     want = wanted()
     if want not in ("", "triton") or (not want and device != "cuda"):
         return "reference" if want == "reference" else "sdpa"
-    if reason := lacks("triton", device, usual):
+    if reason := lacks("triton", device, heads and "small", torch.float32):  # one query needs few registers
         notice(f"triton not used for decoding: {reason}")
     return "sdpa" if reason else "triton"
 
@@ -187,7 +193,7 @@ def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     T = q.size(1)
     if T > 1 and not lengths.any():  # a fresh prompt: plain causal attention
         return attention(q, k[:, :T], v[:, :T], window)
-    way = decoding_backend(q.device.type, yes(q.size(3) in HEAD_DIMS))
+    way = decoding_backend(q.device.type, size(q))
     if way == "reference":
         return reference_attention(q, k, v, window, lengths)
     if way == "triton":

@@ -53,7 +53,7 @@ def blocked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window:
 
 
 class BandAttention(torch.autograd.Function):
-    """Windowed attention as batched products over cache-sized blocks; keeps the weights for backward while they are few."""
+    """Windowed attention as batched products over cache-sized blocks; keeps weights for backward while they are few."""
 
     BLOCK, CHUNK = 64, 1 << 17  # queries a block; scores a chunk and thread (512 KiB in float32, half an L2 cache)
     KEEP = 1 << 28  # bytes of weights; above that backward computes them again

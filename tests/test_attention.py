@@ -196,13 +196,14 @@ def test_choice_while_compiling(monkeypatch, capsys, override, window, lines, dy
     assert capsys.readouterr().err.count("attention: ") == lines
 
 
-CUDA = dict(device="cuda", dtype=torch.bfloat16, usual=True, full=False, short=False, compiling=False)
+CUDA = dict(device="cuda", dtype=torch.bfloat16, heads="large", full=False, short=False, compiling=False)
 
 
 @pytest.mark.parametrize("facts,lack,way,says", [
-    ({}, "", "triton", ""), (dict(compiling=True), "", "triton", ""), (dict(dtype=torch.float32), "", "triton", ""),
+    ({}, "", "triton", ""), (dict(compiling=True), "", "triton", ""), (dict(dtype=torch.float32, heads="small"), "", "triton", ""),
+    (dict(dtype=torch.float32), "", "flex", ""),
     (dict(full=True), "", "sdpa", ""), (dict(device="mps"), "", "sdpa", ""),
-    (dict(usual=False), "", "sdpa", "head dimension is none of 32, 64, 128, 256"),
+    (dict(heads=""), "", "sdpa", "head dimension is none of 32, 64, 128, 256"),
     ({}, "triton", "sdpa", "Triton is not installed"), ({}, "ampere", "sdpa", "compute capability 8.0"),
     ({}, "failed triton", "flex", ""), ({}, "failed both", "sdpa", "it failed before")])
 def test_choice_on_other_devices(monkeypatch, capsys, facts, lack, way, says):
@@ -215,8 +216,8 @@ def test_choice_on_other_devices(monkeypatch, capsys, facts, lack, way, says):
         assert module.choose(**CUDA | facts) == way
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == bool(says)
-    decoding = "triton" if way == "triton" or facts.get("full") else "sdpa"
-    assert module.decoding_backend((CUDA | facts)["device"], (CUDA | facts)["usual"]) == decoding
+    decoding = "triton" if way == "triton" or facts.get("full") or "dtype" in facts else "sdpa"
+    assert module.decoding_backend((CUDA | facts)["device"], (CUDA | facts)["heads"]) == decoding
 
 
 def test_decoding_kernel_that_cannot(monkeypatch, capsys):
@@ -237,7 +238,7 @@ def test_decoding_kernel_that_cannot(monkeypatch, capsys):
         monkeypatch.undo()
         monkeypatch.setenv(ATTENTION, name)
         monkeypatch.setattr(module, "lacks", lambda *_: "")
-        assert module.decoding_backend("cuda", True) == way
+        assert module.decoding_backend("cuda", "large") == way
 
 
 @settings(max_examples=25, deadline=None)

@@ -67,7 +67,7 @@ ROOFS = {"TFLOP/s": ("8,192³", "matmul"), "GB/s": ("1 GiB", "copy")}
 
 
 def draw(bench: Bench, path: Path, title: str) -> None:
-    """Bars of what was measured, by part: rates, with the roof as a dashed line; time where the contestants' work differs."""
+    """Bars of what was measured, by part: rates, and the roof as a dashed line; time where the work differs."""
     import matplotlib.pyplot as plt
 
     shown = [row for row in bench.rows if "ms" in row and row["part"] != "roof"]
