@@ -904,7 +904,7 @@ def combine_kernel(part, part_lse, out, parts, kv_heads, queries, group, D: tl.c
 # %% [markdown]
 # How many parts? Enough that every multiprocessor has a few programs, and no more, since each part costs a line to
 # write and to read. At batch 64 with 16 key heads there are 1,024 programs without any split. (There the kernel reads
-# 2,048 tokens a row at 4,049 GB/s on an H200, where a copy moves 4,250.)
+# 2,048 tokens a row at 4,121 GB/s on an H200, where a copy moves 4,227.)
 
 # %%
 #| export kernels/decoding
@@ -1079,8 +1079,8 @@ for axis in axes:
 # overwrite the logits by their gradient; multiply twice more, for the gradient of the hidden states and for the chunk's
 # part of the weight's. The arithmetic is the same as before (three products, nearly all of it, stay with the vendor's
 # library), and one small buffer is used again and again. The gradient is thus ready before backward begins, up to the
-# factor by which the mean divides. For this batch an H200 takes 8,288 MiB and 19.8 ms with the three lines, 1,264 MiB
-# and 8.5 ms with the three lines compiled, 592 MiB and 8.0 ms in chunks.
+# factor by which the mean divides. For this batch an H200 takes 8,192 MiB and 19.1 ms with the three lines, 1,168 MiB
+# and 8.0 ms with the three lines compiled, 592 MiB and 7.7 ms in chunks.
 #
 # The pass is our kernel: one program a row. Bent logits cannot exceed 15, so $e^z$ cannot overflow and no maximum is
 # sought first.

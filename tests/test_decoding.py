@@ -14,8 +14,10 @@ HERE = Path(__file__).parent
 
 
 def run_cases(interpret):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "decoding_cases.py"]
-    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(HERE.parent)}
+    options = ["-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, "decoding_cases.py"]
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

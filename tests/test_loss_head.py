@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 def run_cases(interpret):
     """Whether a kernel is interpreted is settled when Triton is first imported, hence a process of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "loss_cases.py"]
-    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -79,7 +80,8 @@ def test_a_kernel_that_fails_is_left_for_good(monkeypatch, capsys):
 def test_chunks_cover_every_token_once(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", {"cpu": 1 << 20, "cuda": 1 << 27})
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for N, V, device in ((0, 5, cpu), (1, 1 << 21, cpu), (1000, 1024, cpu), (1025, 1024, cpu), (16384, 32768, cuda), (5000, 65, cuda)):
+    for N, V, device in ((0, 5, cpu), (1, 1 << 21, cpu), (1000, 1024, cpu), (1025, 1024, cpu), (16384, 32768, cuda),
+                         (5000, 65, cuda)):
         parts = module.chunks(N, V, device)
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(N))
         assert all((part.stop - part.start) * V <= max(module.limit(device), 128 * V) for part in parts)

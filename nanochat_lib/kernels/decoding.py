@@ -122,17 +122,15 @@ def decoding_settings(head_dim: int, dtype: torch.dtype, queries: int) -> dict[s
 
 
 def count_parts(programs: int, keys: int, tile: int, device: torch.device) -> int:
-    """Into how many parts to cut a row's keys: a power of two that gives every multiprocessor a few programs."""
+    """Into how many parts to cut a row's keys: a power of two; a few programs a multiprocessor, of two tiles or more."""
     parts = 1
-    while parts < 128 and programs * parts < 4 * processors(device) and keys > parts * tile:
+    while parts < 128 and programs * parts < 4 * processors(device) and keys > 2 * parts * tile:
         parts *= 2
     return parts
 
 
-def decode_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, window: int,
-                 prompt_k: torch.Tensor | None, prompt_v: torch.Tensor | None, prompt_lengths: torch.Tensor | None,
-                 owners: torch.Tensor | None) -> torch.Tensor:
-    """See `decode_attention`; window −1 is none."""
+def decode_parts(launch, q, k, v, lengths, window, prompt_k, prompt_v, prompt_lengths, owners) -> torch.Tensor:
+    """Both kernels, each passed through `launch` first; the rest as in `decode_attention`, window −1 is none."""
     (B, T, H, D), KVH = q.shape, k.size(2)
     group, sizes = H // KVH, decoding_settings(D, q.dtype, T * (H // KVH))
     keys = k.size(1) + (0 if prompt_k is None else prompt_k.size(1))  # no row has more
@@ -149,13 +147,20 @@ def decode_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tor
     return out
 
 
-def launch(kernel):
-    """The kernel, in a wrapper that torch.compile can look into; the interpreter's needs none."""
-    return kernel if INTERPRETING else torch.library.wrap_triton(kernel)
+def decode_visibly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, window: int,
+                   prompt_k: torch.Tensor | None, prompt_v: torch.Tensor | None, prompt_lengths: torch.Tensor | None,
+                   owners: torch.Tensor | None) -> torch.Tensor:
+    """`decode_parts` with the kernels in wrappers that torch.compile can look into; the interpreter's need none."""
+    launch = as_it_is if INTERPRETING else torch.library.wrap_triton
+    return decode_parts(launch, q, k, v, lengths, window, prompt_k, prompt_v, prompt_lengths, owners)
+
+
+def as_it_is(kernel):
+    return kernel
 
 
 register = torch.library.custom_op if INTERPRETING else torch.library.triton_op
-decoding_op = register("nanochat::decode_attention", decode_parts, mutates_args=())
+decoding_op = register("nanochat::decode_attention", decode_visibly, mutates_args=())
 decoding_op.register_fake(lambda q, *others: q.new_empty(q.shape))
 
 
@@ -182,8 +187,10 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
         tensors = [x if x is None else x.float() for x in tensors]
     q_, k, v, prompt_k, prompt_v = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in tensors)
     window = -1 if window is None else window
-    run = decoding_op if torch.compiler.is_compiling() else decode_parts  # eager: no detour by an operator
-    return run(q_, k, v, lengths, window, prompt_k, prompt_v, prompt_lengths, owners).to(q.dtype)
+    arguments = (q_, k, v, lengths, window, prompt_k, prompt_v, prompt_lengths, owners)
+    if torch.compiler.is_compiling():
+        return decoding_op(*arguments).to(q.dtype)
+    return decode_parts(as_it_is, *arguments).to(q.dtype)  # nobody looks: no detour
 
 
 def compile_cases(capability: int):
