@@ -159,7 +159,7 @@ from torch import Tensor, nn
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
 from nanochat_lib.fused import SOFTCAP, norm, softcap, squared_relu
-from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, products, rotary_at, rotary_tables, smear
+from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, rotary_at, rotary_tables, smear
 from nanochat_lib.loss import head_loss
 
 VALUE_CHANNELS = 12  # a value gate looks at so many channels of a token
@@ -323,14 +323,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def products(x: Tensor, linears: list[Linear], at_once: bool) -> list[Tensor]:
-    """The product of x with each of several matrices; `at_once` as one, which keeps a GPU busier than small ones."""
-    if not at_once or any(type(linear) is not Linear for linear in linears):
-        return [linear(x) for linear in linears]
-    weight = torch.cat([linear.weight.to(x.dtype) for linear in linears])
-    return list(F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1))
-
-
 def smear(x: Tensor, gate: Linear, strength: Tensor, kv_cache: Any = None) -> Tensor:
     """Add to each token's embedding (B, T, C) a gated part of the one before it, if there is one."""
     if kv_cache is None:
@@ -360,8 +352,7 @@ smear(steps, gate, torch.tensor([1.0]))[0, :, :4].tolist()
 # %% [markdown]
 # ## A block
 #
-# **Attention.** Three matrices make queries, keys and values; in training on a GPU they are one product (`products`
-# above), since many small ones leave it idle in between. With fewer key heads than query heads (`n_kv_head`),
+# **Attention.** Three matrices make queries, keys and values. With fewer key heads than query heads (`n_kv_head`),
 # several queries share one key, and the cache of lesson 08 shrinks. Queries and keys are rotated, then *normed*, so
 # that scores cannot grow without bound; 1.2 on both makes the softmax a little sharper.
 #
@@ -387,8 +378,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], kv_cache: Any = None) -> Tensor:
         """x (B, T, C), ve (B, T, kv_dim) → (B, T, C)."""
         B, T, C = x.shape
-        parts = products(x, [self.c_q, self.c_k, self.c_v], at_once=x.is_cuda and torch.is_grad_enabled())
-        q, k, v = (part.view(B, T, -1, self.head_dim) for part in parts)
+        q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_CHANNELS]))  # (B, T, n_kv_head), within 0 … 3
             v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v))
@@ -712,7 +702,8 @@ for name, (plain, ours) in megabytes.items():
 
 # %% [markdown]
 # What is left is arithmetic: matrix products, forward once and backward twice. Those get cheaper only with fewer bits a
-# number: 16 where the processor multiplies them faster, on GPUs since 2020 and some CPUs since 2022, and 8.
+# number: 16 where the processor multiplies them faster, on GPUs since 2020 and some CPUs since 2022, and 8. (What did
+# not help, on an H200: queries, keys and values as one product instead of three, 597,000 tokens a second either way.)
 
 # %% [markdown]
 # ## Reading on

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nanochat_lib.attention import attention, cached_attention
 from nanochat_lib.common import NanochatError, compute_dtype
 from nanochat_lib.fused import SOFTCAP, norm, softcap, squared_relu
-from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, products, rotary_at, rotary_tables, smear
+from nanochat_lib.layers import SMEAR_CHANNELS, Linear, apply_rotary_emb, rotary_at, rotary_tables, smear
 from nanochat_lib.loss import head_loss
 
 VALUE_CHANNELS = 12  # a value gate looks at so many channels of a token
@@ -86,8 +86,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], kv_cache: Any = None) -> Tensor:
         """x (B, T, C), ve (B, T, kv_dim) → (B, T, C)."""
         B, T, C = x.shape
-        parts = products(x, [self.c_q, self.c_k, self.c_v], at_once=x.is_cuda and torch.is_grad_enabled())
-        q, k, v = (part.view(B, T, -1, self.head_dim) for part in parts)
+        q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_CHANNELS]))  # (B, T, n_kv_head), within 0 … 3
             v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v))

@@ -51,14 +51,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def products(x: Tensor, linears: list[Linear], at_once: bool) -> list[Tensor]:
-    """The product of x with each of several matrices; `at_once` as one, which keeps a GPU busier than small ones."""
-    if not at_once or any(type(linear) is not Linear for linear in linears):
-        return [linear(x) for linear in linears]
-    weight = torch.cat([linear.weight.to(x.dtype) for linear in linears])
-    return list(F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1))
-
-
 def smear(x: Tensor, gate: Linear, strength: Tensor, kv_cache: Any = None) -> Tensor:
     """Add to each token's embedding (B, T, C) a gated part of the one before it, if there is one."""
     if kv_cache is None:

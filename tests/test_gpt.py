@@ -344,20 +344,3 @@ def test_a_compiler_takes_the_whole_model(make_model):
     plain.backward()
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
     assert torch.allclose(compiled, model.lm_head.weight.grad, atol=1e-5)
-
-
-def test_products_at_once_are_the_products_and_so_are_their_gradients():
-    from nanochat_lib.layers import Linear, products
-
-    torch.manual_seed(0)
-    linears, x = [Linear(16, size) for size in (16, 8, 4)], torch.randn(2, 5, 16)
-    results = []
-    for at_once in (False, True):
-        parts = products(x, linears, at_once)
-        sum((part * (n + 1)).square().sum() for n, part in enumerate(parts)).backward()
-        results.append([*parts, *(linear.weight.grad.clone() for linear in linears)])
-        for linear in linears:
-            linear.weight.grad = None
-    assert [part.shape[-1] for part in results[1][:3]] == [16, 8, 4]
-    for apart, together in zip(*results):
-        torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
