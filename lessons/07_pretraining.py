@@ -92,8 +92,8 @@ assert buffer.take(9) == "three"
 assert [buffer.take(1), buffer.take(1)] == ["a", "of"]  # now nothing fits: the shortest, to be cropped
 
 # %% [markdown]
-# Sixteen rows of documents of the embedded world, after a hundred others, packed in three ways. Each colour is a document; black is
-# padding, and a white cap marks a document whose end was thrown away.
+# Sixteen rows of documents of the embedded world, after a hundred others, packed in three ways. Each colour is a
+# document; black is padding, and a white cap marks a document whose end was thrown away.
 
 # %%
 import matplotlib.pyplot as plt
@@ -616,7 +616,8 @@ def memory_of(dial: Recipe, device_batch: int, gpus: int) -> dict[str, int]:
     matrices = 4 * sum(p.numel() for p in model.transformer.h.parameters())
     parts = {"weights": weights, "gradients": weights, "optimizer state": optimizer_bytes(model, gpus),
              "activations": activations + logits, "optimizer step": matrices + 6 * math.ceil(matrices / gpus / 4)}
-    return {**parts, "total": 2 * weights + parts["optimizer state"] + max(parts["activations"], parts["optimizer step"])}
+    passing = max(parts["activations"], parts["optimizer step"])
+    return {**parts, "total": 2 * weights + parts["optimizer state"] + passing}
 
 
 def fitting_batch(dial: Recipe, device_batch: int, gpus: int, limit: float) -> int:
@@ -632,7 +633,8 @@ def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str,
     memory = memory_of(dial, device_batch, plan.gpus)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if name != "total")
     fits = fitting_batch(dial, device_batch, plan.gpus, 0.92e9 * gigabytes)  # the rest: CUDA itself, fragments
-    advice = "" if fits == device_batch else f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
+    advice = f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
+    advice = "" if fits == device_batch else advice
     hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
     return {
         "memory": f"about {memory['total'] / 1e9:.1f} of {gigabytes} GB on each of {plan.gpus} {plan.chip} with "
@@ -651,8 +653,8 @@ def describe_dial(depth: int, gpus: int = 8, device_batch: int = 16) -> str:
     return "\n".join(f"{name:12} {value}" for name, value in lines.items())
 
 # %% [markdown]
-# A GPT-2 grade model, at the ratio of 8 tokens per parameter that is just enough for it; this is what `base_train --depth=24
-# --target-param-data-ratio=8 --device-batch-size=16 --dry-run` prints:
+# A GPT-2 grade model, at the ratio of 8 tokens per parameter that is just enough for it; this is what `base_train
+# --depth=24 --target-param-data-ratio=8 --device-batch-size=16 --dry-run` prints:
 
 # %%
 from nanochat_lib.budget import Machine, describe_budget, memory_of
@@ -671,7 +673,8 @@ for y, (gpus, rows) in enumerate(((1, 16), (8, 16), (8, 32))):
         ax.barh(y, size, left=left, color=colour, label=name if y == 0 else None)
         left += size
 _ = ax.axvline(80, color="black", linestyle=":", label="one H100")
-ax.set(xlabel="GB on each GPU, depth 24", yticks=range(3), yticklabels=["1 GPU, 16 rows", "8 GPUs, 16 rows", "8 GPUs, 32 rows"])
+ax.set(xlabel="GB on each GPU, depth 24", yticks=range(3))
+ax.set_yticklabels(["1 GPU, 16 rows", "8 GPUs, 16 rows", "8 GPUs, 32 rows"])
 _ = ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 # %% [markdown]
@@ -871,7 +874,7 @@ def state_of(model: torch.nn.Module, optimizer: Any) -> tuple[dict, dict | None]
 
 def write_checkpoint(directory: Path, step: int, weights: dict, state: dict | None, meta: dict[str, Any], rank: int = 0,
                      group: dist.ProcessGroup | None = None) -> None:
-    """Write a checkpoint from tensors; all ranks call it. OSError on all of them if it fails on one: nothing is left."""
+    """Write a checkpoint from tensors; all ranks call it. If it fails on one, OSError on all, and nothing is left."""
     file, folder, metadata = files_of(directory, step)
     try:
         with together(group, file):
@@ -1095,7 +1098,7 @@ except NanochatError as error:
 # %% [markdown]
 # ## Saving while training goes on
 #
-# Writing takes long: model and optimizer of depth 24 are 15 GB. But only reading the weights must not be disturbed, and
+# Writing takes long: model and optimizer of depth 24 are 12 GB. But only reading the weights must not be disturbed, and
 # weights change at one moment of a step alone, when the optimizer steps. So a thread copies them into other memory
 # while the next forward and backward pass compute with them, and then writes the copy while training goes on:
 #
@@ -1291,7 +1294,7 @@ assert checkpoint.steps_in(folder) == [40, 50]
 
 # %%
 #| export nanochat_files
-"""nanochat's own checkpoint files, read without running what is in them: weights, optimizer state of all ranks, metadata."""
+"""nanochat's own checkpoint files, read without running what is in them: weights, all ranks' optimizer state, metadata."""
 
 # %%
 #| export nanochat_files
@@ -1330,7 +1333,8 @@ def read_config(meta: dict, path: Path) -> GPTConfig:
     """The model's configuration in nanochat's metadata; its first models had full windows everywhere."""
     config, known = meta.get("model_config"), {field.name for field in fields(GPTConfig)}
     if not isinstance(config, dict) or set(config) - known:
-        raise NanochatError(f"{path} describes no model of this kind (model_config is {config}): import one of mid-2026")
+        raise NanochatError(f"{path} describes no model of this kind (model_config is {config}): "
+                            "import one of mid-2026")
     return GPTConfig(**{"window_pattern": "L", **config})
 
 
@@ -1411,7 +1415,7 @@ def read_stack(group: dict, states: list[list[dict]], step: int) -> dict[str, to
 
 
 def read_checkpoint(directory: Path, step: int) -> tuple[dict, dict | None, dict[str, Any], str]:
-    """(weights, optimizer state or None, our metadata, why there is no optimizer state or "") of a nanochat checkpoint."""
+    """A nanochat checkpoint: (weights, optimizer state or None, our metadata, why there is no optimizer state or "")."""
     path = Path(directory) / f"meta_{step:06d}.json"
     theirs = read_json(path)
     config = read_config(theirs, path)
@@ -1456,7 +1460,7 @@ class ImportCheckpoint:
 
 
 def import_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder of nanochat's, written to our own place unless it is there. Another there is an error."""
+    """The tokenizer in a folder of nanochat's, written to our place unless it is there. Another there is an error."""
     tokenizer, place = Tokenizer.from_directory(folder), base_dir() / "tokenizer"
     if (place / "tokenizer.json").exists():
         ours = Tokenizer.from_directory(place)
@@ -1610,7 +1614,7 @@ def gradient_norms(optimizer: Any) -> str:
 
 
 class LossWatch:
-    """Stops a run whose loss has exploded: for `patience` steps in a row 3 nats above its best, or 1 above ignorance."""
+    """Stops a run whose loss has exploded: for `patience` steps 3 nats above its best, or 1 above ignorance."""
 
     def __init__(self, vocab_size: int, state: dict | None = None, patience: int = 20):
         self.ignorance, self.patience = math.log(vocab_size), patience  # all tokens alike: ln(vocab) nats
@@ -1705,7 +1709,7 @@ def trim_metrics(path: Path, step: int) -> None:
 
 # %%
 #| export pretraining
-"""A pretraining run at some step: model, optimizer, loader and the state of the loop, all of which a checkpoint keeps."""
+"""A pretraining run at some step: model, optimizer, loader and the loop's state, all of which a checkpoint keeps."""
 
 # %%
 #| export pretraining
@@ -1821,7 +1825,7 @@ def check_settings(settings: BaseTrain, device: torch.device | None = None) -> N
 # %%
 #| export pretraining
 class Run:
-    """A pretraining run at some step: what the loop calls, in the order it calls it. A context: leaving it ends saving."""
+    """A pretraining run at some step: what the loop calls, in this order. A context: leaving it ends saving."""
 
     def __init__(self, settings: BaseTrain, runtime: Runtime, tokenizer: Tokenizer, dial: Recipe):
         self.settings, self.runtime, self.tokenizer, self.dial = settings, runtime, tokenizer, dial
@@ -1923,8 +1927,10 @@ class Run:
     def save(self) -> None:
         """Start to save this step, if that is due; training goes on meanwhile."""
         last, every = self.step == self.dial.steps, self.settings.save_every
-        if not (last or every > 0 and self.step > 0 and self.step % every == 0) or self.step in steps_in(self.directory):
-            return  # or: resumed here
+        if not last and (every < 1 or self.step == 0 or self.step % every):
+            return
+        if self.step in steps_in(self.directory):
+            return  # resumed here
         with self.saver.stopping():
             check_weights(self.orig_model, self.step, self.directory)
             loop = {"seconds": self.seconds, "bpb_curve": self.bpb_curve, "eval_batches": self.eval_batches,
@@ -2062,7 +2068,8 @@ class Checkup:
         run = self.run
         tokens = run.rows * run.dial.config.sequence_len * run.runtime.world_size
         if run.settings.eval_tokens < tokens:
-            print0(f"--eval-tokens {run.settings.eval_tokens} is less than a batch: evaluating one batch, {tokens} tokens")
+            print0(f"--eval-tokens {run.settings.eval_tokens} is less than a batch: evaluating one batch, "
+                   f"{tokens} tokens")
         wanted = max(-(-run.settings.eval_tokens // tokens), 1)
         if run.settings.eval_tokens != EVAL_TOKENS:
             return wanted
@@ -2158,16 +2165,16 @@ flags = ("--depth=2 --aspect-ratio=32 --head-dim=32 --max-seq-len=64 --total-bat
 
 
 def command(tag):
-    return [sys.executable, "-m", "nanochat_lib.scripts.base_train", f"--data-dir={shards}", f"--model-tag={tag}", "--resume",
-            f"--eval-bundle={scratch}/world/eval_bundle", "--device-type=cpu", "--keep-last=2", *flags.split()]
+    return [sys.executable, "-m", "nanochat_lib.scripts.base_train", f"--model-tag={tag}", "--resume", "--keep-last=2",
+            f"--data-dir={shards}", f"--eval-bundle={scratch}/world/eval_bundle", "--device-type=cpu", *flags.split()]
 
 
 done = subprocess.run(command("lesson"), capture_output=True, text=True)
 print(done.stdout.replace(scratch, "…") or done.stderr)
 
 # %% [markdown]
-# And once more, killed with SIGKILL as soon as step 60 has been saved, wherever it then is, and started again with the same
-# command. The losses that follow are those of the run that was not killed, bit for bit:
+# And once more, killed with SIGKILL as soon as step 60 has been saved, wherever it then is, and started again with
+# the same command. The losses that follow are those of the run that was not killed, bit for bit:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -2184,7 +2191,8 @@ def metrics(tag):
     return [json.loads(line) for line in open(f"{scratch}/base_checkpoints/{tag}/metrics.jsonl")]
 
 
-losses, resumed = ({line["step"]: line["loss"] for line in metrics(tag) if "loss" in line} for tag in ("lesson", "killed"))
+losses, resumed = ({line["step"]: line["loss"] for line in metrics(tag) if "loss" in line}
+                   for tag in ("lesson", "killed"))
 assert losses == resumed
 
 # %%
@@ -2214,7 +2222,7 @@ assert curve[-1][1] < 0.8 * curve[0][1]
 
 # %%
 #| export study
-"""A scaling study (arXiv 2203.15556, its second approach): models of several depths trained on several budgets of FLOPs."""
+"""A scaling study (the second of arXiv 2203.15556): models of several depths trained on several budgets of FLOPs."""
 
 # %%
 #| export study
@@ -2361,12 +2369,14 @@ def draw(points: list[Point], optima: list[Optimum], path: Path | None = None):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
     for budget, colour in zip(dict.fromkeys(point.budget for point in points), plt.get_cmap("tab10").colors):
         mine = [point for point in points if point.budget == budget]
-        axes[0].semilogx([p.params for p in mine], [p.bpb for p in mine], "o", color=colour, label=f"{budget:.0e} FLOPs")
+        label = f"{budget:.0e} FLOPs"
+        axes[0].semilogx([p.params for p in mine], [p.bpb for p in mine], "o", color=colour, label=label)
         for best in (each for each in optima if each.budget == budget):
             used = [point.params for point in sorted(mine, key=lambda point: point.bpb)[:3]]
             size = np.geomspace(min(used), max(used), 50)
             axes[0].semilogx(size, np.polyval(best.coefficients, np.log(size)), color=colour)
-            axes[0].plot(best.params, np.polyval(best.coefficients, np.log(best.params)), "*", color=colour, markersize=14)
+            bottom = np.polyval(best.coefficients, np.log(best.params))
+            axes[0].plot(best.params, bottom, "*", color=colour, markersize=14)
     sizes = sorted({point.params for point in points})
     axes[0].set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes])
     axes[0].set_xticks([], minor=True)
@@ -2402,14 +2412,15 @@ def scaling_study(settings: ScalingStudy) -> None:
         except NanochatError as error:
             print(f"left out: {error}")
     place = base_dir() / "report" / "scaling_study"
-    write_json(place.with_suffix(".json"), {"points": [asdict(p) for p in points], "optima": [asdict(o) for o in optima]})
+    result = {"points": [asdict(point) for point in points], "optima": [asdict(best) for best in optima]}
+    write_json(place.with_suffix(".json"), result)
     draw(points, optima, place.with_suffix(".png"))
     print(f"N ∝ FLOPs^{exponent(optima, lambda each: each.params):.2f}, "
           f"D ∝ FLOPs^{exponent(optima, lambda each: each.tokens):.2f}: {place}.png")
 
 # %% [markdown]
-# What `python -m nanochat_lib.scripts.scaling_study` measured in six minutes on one core: bits per byte of four sizes on
-# three budgets. Read along a line: with too few parameters a model cannot hold what it reads, with too many it has read
+# What `python -m nanochat_lib.scripts.scaling_study` measured in six minutes on one core: bits per byte of four
+# sizes on three budgets. Read along a line: with too few parameters a model cannot hold what it reads, with too many it has read
 # too little.
 
 # %%
@@ -2425,14 +2436,18 @@ for budget, losses_of_depths in measured.items():
 optima = [fit_parabola([point for point in points if point.budget == budget]) for budget in measured]
 figure = draw(points, optima)
 for best in optima:
-    print(f"{best.budget:.0e} FLOPs: N {best.params:9,.0f}, D {best.tokens:11,.0f}, {best.tokens / best.params:.0f} tokens per parameter")
-print(f"N ∝ FLOPs^{exponent(optima, lambda best: best.params):.2f}, D ∝ FLOPs^{exponent(optima, lambda best: best.tokens):.2f}")
+    print(f"{best.budget:.0e} FLOPs: N {best.params:9,.0f}, D {best.tokens:11,.0f}, "
+          f"{best.tokens / best.params:.0f} tokens per parameter")
+print(f"N ∝ FLOPs^{exponent(optima, lambda best: best.params):.2f}, "
+      f"D ∝ FLOPs^{exponent(optima, lambda best: best.tokens):.2f}")
 
 # %% [markdown]
-# Both exponents are near one half, as in the paper, and the best models read about a dozen tokens for each parameter: the ratio
-# that the dial takes. Twelve runs are few, and these exponents have an error of a tenth or more; the real thing takes hundreds.
+# Both exponents are near one half, as in the paper, and the best models read about a dozen tokens for each parameter:
+# the ratio that the dial takes. Twelve runs are few, and these exponents have an error of a tenth or more; the real
+# thing takes hundreds.
 #
-# Here and now, a smaller budget: even the smallest of these models is too large for it, and there is no bottom to find.
+# Here and now, a smaller budget: even the smallest of these models is too large for it, and there is no bottom to
+# find.
 
 # %%
 # NBVAL_IGNORE_OUTPUT

@@ -73,7 +73,8 @@ def memory_of(dial: Recipe, device_batch: int, gpus: int) -> dict[str, int]:
     matrices = 4 * sum(p.numel() for p in model.transformer.h.parameters())
     parts = {"weights": weights, "gradients": weights, "optimizer state": optimizer_bytes(model, gpus),
              "activations": activations + logits, "optimizer step": matrices + 6 * math.ceil(matrices / gpus / 4)}
-    return {**parts, "total": 2 * weights + parts["optimizer state"] + max(parts["activations"], parts["optimizer step"])}
+    passing = max(parts["activations"], parts["optimizer step"])
+    return {**parts, "total": 2 * weights + parts["optimizer state"] + passing}
 
 
 def fitting_batch(dial: Recipe, device_batch: int, gpus: int, limit: float) -> int:
@@ -89,7 +90,8 @@ def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str,
     memory = memory_of(dial, device_batch, plan.gpus)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if name != "total")
     fits = fitting_batch(dial, device_batch, plan.gpus, 0.92e9 * gigabytes)  # the rest: CUDA itself, fragments
-    advice = "" if fits == device_batch else f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
+    advice = f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
+    advice = "" if fits == device_batch else advice
     hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
     return {
         "memory": f"about {memory['total'] / 1e9:.1f} of {gigabytes} GB on each of {plan.gpus} {plan.chip} with "

@@ -110,7 +110,7 @@ def state_of(model: torch.nn.Module, optimizer: Any) -> tuple[dict, dict | None]
 
 def write_checkpoint(directory: Path, step: int, weights: dict, state: dict | None, meta: dict[str, Any], rank: int = 0,
                      group: dist.ProcessGroup | None = None) -> None:
-    """Write a checkpoint from tensors; all ranks call it. OSError on all of them if it fails on one: nothing is left."""
+    """Write a checkpoint from tensors; all ranks call it. If it fails on one, OSError on all, and nothing is left."""
     file, folder, metadata = files_of(directory, step)
     try:
         with together(group, file):

@@ -90,7 +90,8 @@ class Checkup:
         run = self.run
         tokens = run.rows * run.dial.config.sequence_len * run.runtime.world_size
         if run.settings.eval_tokens < tokens:
-            print0(f"--eval-tokens {run.settings.eval_tokens} is less than a batch: evaluating one batch, {tokens} tokens")
+            print0(f"--eval-tokens {run.settings.eval_tokens} is less than a batch: evaluating one batch, "
+                   f"{tokens} tokens")
         wanted = max(-(-run.settings.eval_tokens // tokens), 1)
         if run.settings.eval_tokens != EVAL_TOKENS:
             return wanted

@@ -99,7 +99,7 @@ def gradient_norms(optimizer: Any) -> str:
 
 
 class LossWatch:
-    """Stops a run whose loss has exploded: for `patience` steps in a row 3 nats above its best, or 1 above ignorance."""
+    """Stops a run whose loss has exploded: for `patience` steps 3 nats above its best, or 1 above ignorance."""
 
     def __init__(self, vocab_size: int, state: dict | None = None, patience: int = 20):
         self.ignorance, self.patience = math.log(vocab_size), patience  # all tokens alike: ln(vocab) nats

@@ -146,16 +146,16 @@ check.lost_to_cropping(answer)
 #
 # difficulty 3/5 · importance 5/5 · 20 minutes
 #
-# The process may be killed at any moment, in the middle of writing a file too; then half of it is on the disk. Write a
-# checkpoint so that `load` finds the newest one that is whole, whenever that was. The disk knows four operations, of which only
-# `rename` happens in one piece:
+# The process may be killed at any moment, in the middle of writing a file too; then half of it is on the disk. Write
+# a checkpoint so that `load` finds the newest one that is whole, whenever that was. The disk knows four operations, of
+# which only `rename` happens in one piece:
 #
 # - `disk.write(name, text)` makes or overwrites a file, bit by bit;
 # - `disk.rename(old, new)` gives a file another name; a file of the new name is replaced;
 # - `disk.remove(name)`; `disk.files()` → {name: text}.
 #
-# A checkpoint of a step has two parts, both texts of any content. After each `save`, at most the last two checkpoints may be on
-# the disk, and nothing half-written of the one before.
+# A checkpoint of a step has two parts, both texts of any content. After each `save`, at most the last two checkpoints
+# may be on the disk, and nothing half-written of the one before.
 
 # %%
 def save(disk, step, weights, metadata):
@@ -192,10 +192,10 @@ check.save_and_load((save, load))
 #
 # difficulty 3/5 · importance 4/5 · 20 minutes
 #
-# A loader that can be stopped: `rows` packs documents best-fit from a buffer of `size` documents (topped up before each
-# choice, in order) and yields with each row a *state*. Started again with a state, it must go on with the very next row. The state
-# goes into a checkpoint: it is JSON, and it holds numbers, no texts. `documents` is a list of non-empty lists of tokens, and is read
-# once; end when it cannot fill another row. Use `pack_row` of exercise 1, or `BestFit`.
+# A loader that can be stopped: `rows` packs documents best-fit from a buffer of `size` documents (topped up before
+# each choice, in order) and yields with each row a *state*. Started again with a state, it must go on with the very
+# next row. The state goes into a checkpoint: it is JSON, and it holds numbers, no texts. `documents` is a list of
+# non-empty lists of tokens, and is read once; end when it cannot fill another row. Choose as in exercise 1.
 
 # %%
 def rows(documents, length, size, state=None):

@@ -8,6 +8,7 @@ import pytest
 from nanochat_lib.common import NanochatError, read_json
 from nanochat_lib.scripts.scaling_study import ScalingStudy, scaling_study
 from nanochat_lib.study import Point, exponent, fit_parabola, small_recipe
+from nanochat_lib.world import write_world
 
 
 def points(budget, sizes, best, curvature=0.3):
@@ -54,12 +55,14 @@ def test_a_budget_is_spent(base_dir):
 
 
 def test_the_command(base_dir, capsys):
+    shards = str(write_world(base_dir / "world", count=1500, shards=1) / "shards")
     with pytest.raises(NanochatError, match="two budgets"):  # of 3e8 FLOPs nothing can be learned about sizes
-        scaling_study(ScalingStudy(depths="1,2", budgets="3e8"))
+        scaling_study(ScalingStudy(depths="1,2", budgets="3e8", data_dir=shards))
     said = capsys.readouterr().out
     assert "3e+08 FLOPs, depth 2: N 79,896" in said and "left out: 2 sizes" in said
     stored = read_json(base_dir / "report" / "scaling_study.json")
-    assert len(stored["points"]) == 2 and 2 < stored["points"][0]["bpb"] < 6 and (base_dir / "report" / "scaling_study.png").exists()
+    assert len(stored["points"]) == 2 and 2 < stored["points"][0]["bpb"] < 6
+    assert (base_dir / "report" / "scaling_study.png").exists()
     for changes in ({"depths": "1,x"}, {"budgets": ""}, {"depths": "0"}):
         with pytest.raises(NanochatError, match="no list of positive numbers"):
             scaling_study(ScalingStudy(**changes))

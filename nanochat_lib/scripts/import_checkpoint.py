@@ -25,7 +25,7 @@ class ImportCheckpoint:
 
 
 def import_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder of nanochat's, written to our own place unless it is there. Another there is an error."""
+    """The tokenizer in a folder of nanochat's, written to our place unless it is there. Another there is an error."""
     tokenizer, place = Tokenizer.from_directory(folder), base_dir() / "tokenizer"
     if (place / "tokenizer.json").exists():
         ours = Tokenizer.from_directory(place)

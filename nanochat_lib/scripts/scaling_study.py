@@ -44,12 +44,14 @@ def draw(points: list[Point], optima: list[Optimum], path: Path | None = None):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
     for budget, colour in zip(dict.fromkeys(point.budget for point in points), plt.get_cmap("tab10").colors):
         mine = [point for point in points if point.budget == budget]
-        axes[0].semilogx([p.params for p in mine], [p.bpb for p in mine], "o", color=colour, label=f"{budget:.0e} FLOPs")
+        label = f"{budget:.0e} FLOPs"
+        axes[0].semilogx([p.params for p in mine], [p.bpb for p in mine], "o", color=colour, label=label)
         for best in (each for each in optima if each.budget == budget):
             used = [point.params for point in sorted(mine, key=lambda point: point.bpb)[:3]]
             size = np.geomspace(min(used), max(used), 50)
             axes[0].semilogx(size, np.polyval(best.coefficients, np.log(size)), color=colour)
-            axes[0].plot(best.params, np.polyval(best.coefficients, np.log(best.params)), "*", color=colour, markersize=14)
+            bottom = np.polyval(best.coefficients, np.log(best.params))
+            axes[0].plot(best.params, bottom, "*", color=colour, markersize=14)
     sizes = sorted({point.params for point in points})
     axes[0].set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes])
     axes[0].set_xticks([], minor=True)
@@ -85,7 +87,8 @@ def scaling_study(settings: ScalingStudy) -> None:
         except NanochatError as error:
             print(f"left out: {error}")
     place = base_dir() / "report" / "scaling_study"
-    write_json(place.with_suffix(".json"), {"points": [asdict(p) for p in points], "optima": [asdict(o) for o in optima]})
+    result = {"points": [asdict(point) for point in points], "optima": [asdict(best) for best in optima]}
+    write_json(place.with_suffix(".json"), result)
     draw(points, optima, place.with_suffix(".png"))
     print(f"N ∝ FLOPs^{exponent(optima, lambda each: each.params):.2f}, "
           f"D ∝ FLOPs^{exponent(optima, lambda each: each.tokens):.2f}: {place}.png")
