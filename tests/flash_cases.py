@@ -67,6 +67,9 @@ def test_tiles_larger_and_smaller_than_blocks(monkeypatch, sizes, window):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("D", kernel.HEAD_DIMS)
 def test_head_dimensions_and_dtypes(D, dtype):
+    if GPU and D == 256 and dtype == torch.float32:
+        with pytest.raises(ValueError, match="registers"):
+            return check((1, 70, 2, 1, D), 40, dtype=dtype)
     check((1, 70, 2, 1, D), 40, dtype=dtype)
 
 

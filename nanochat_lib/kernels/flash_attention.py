@@ -46,19 +46,16 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
     kv_head = head // group
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N  # the first tile that any row sees
-    end = (start + BLOCK_M - 1) // BLOCK_N * BLOCK_N + 2 * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    rescale = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -1e30, tl.float32)
-    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for key in range(first, end, BLOCK_N):
+    for key in range(first, start + BLOCK_M, BLOCK_N):
         k = k_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
-        v = v_all.load([batch, kv_head, tl.maximum(key - BLOCK_N, first), 0]).reshape(BLOCK_N, D)  # the tile before
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         weights, total, top, rescale = softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M, BLOCK_N)
+        v = v_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
 
     out_all.store([batch, head, start, 0], (acc / total[:, None]).to(out_all.dtype).reshape(1, 1, BLOCK_M, D))
     rows = start + tl.arange(0, BLOCK_M)
@@ -66,9 +63,10 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
 
 
 SETTINGS = {  # head dimension → BLOCK_M, BLOCK_N, num_warps, num_stages; two-byte numbers, Hopper and later
-    "forward": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dq": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
-    "dkdv": {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
+    "forward": {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 4, 2), 256: (64, 32, 4, 2)},
+    "dq": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (128, 32, 8, 3), 256: (64, 32, 4, 2)},
+    "dq windowed": {128: (64, 64, 4, 2)},
+    "dkdv": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
 }
 SMALL = {  # chips with less shared memory, whose tensor cores take their numbers from registers
     "forward": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
@@ -82,7 +80,8 @@ def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, wind
     if dtype == torch.float32:  # three tf32 products for one: operands fill the registers
         sizes = (32, 32, 4, 1) if INTERPRETING else (16, 16, 8 if kernel == "dkdv" else 4, 1)
     else:
-        sizes = (SETTINGS if capability in (90, 100) else SMALL)[kernel][D]
+        table = SETTINGS if capability in (90, 100) else SMALL
+        sizes = (table.get(f"{kernel} windowed", {}) if windowed else {}).get(D) or table[kernel][D]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
 
@@ -143,21 +142,17 @@ def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, 
     lse = tl.load(lse_all + line + rows, mask=rows < T, other=0.0) * LOG2E
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N
-    end = (start + BLOCK_M - 1) // BLOCK_N * BLOCK_N + 2 * BLOCK_N
 
     dq = tl.zeros([BLOCK_M, D], tl.float32)
-    ds = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for key in range(first, end, BLOCK_N):
+    for key in range(first, start + BLOCK_M, BLOCK_N):
         k = k_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         v = v_all.load([batch, kv_head, key, 0]).reshape(BLOCK_N, D)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
-        before = k_all.load([batch, kv_head, tl.maximum(key - BLOCK_N, first), 0]).reshape(BLOCK_N, D)
-        dq = tl.dot(ds.to(before.dtype), before, dq, input_precision=PRECISION)
         p = tl.exp2(scores * scale - lse[:, None])
         if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
             p = hide(p, rows[:, None], key + tl.arange(0, BLOCK_N)[None, :], window, 0.0)
-        ds = p * (dp - delta[:, None])
+        dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
     dq_all.store([batch, head, start, 0], (dq * factor).to(dq_all.dtype).reshape(1, 1, BLOCK_M, D))
 
 
@@ -245,11 +240,14 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if D not in HEAD_DIMS or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"head dimension {D}, dtype {q.dtype}: the kernel takes {HEAD_DIMS} and one of {DTYPES}")
+    if D == 256 and q.dtype == torch.float32 and q.is_cuda:
+        raise ValueError("float32 with head dimension 256: more registers than a GPU has")
     return flash_forward(q, k, v, T if window is None else min(window, T))
 
 
 def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
+    # float32 with 128 dimensions is right, but its backward spills: no case here, and no way to train fast
     for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float32, "fp32", (64,))):
         for D in dims:
             for name, kernel in (("forward", forward_kernel), ("dq", dq_kernel), ("dkdv", dkdv_kernel)):
