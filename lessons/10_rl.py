@@ -1217,7 +1217,8 @@ def chat_rl(settings: ChatRL) -> None:
 # %% [markdown]
 # ```
 # python -m nanochat_lib.scripts.chat_rl --task=world --init-lr-frac=0.1 --max-new-tokens=96
-# python -m nanochat_lib.scripts.chat_rl --task=spelling --algorithm=dapo --inner-epochs=2
+# python -m nanochat_lib.scripts.chat_rl --task=spelling --num-iterations=60 --max-new-tokens=64
+# python -m nanochat_lib.scripts.chat_rl --task="world|letter_counting|spelling" --algorithm=dapo --inner-epochs=2
 # python -m nanochat_lib.scripts.chat_rl --task=my_tasks:Riddles --reward=answer=1,length=0.1 --kl=0.02
 # torchrun --nproc-per-node=8 -m nanochat_lib.scripts.chat_rl
 # ```
