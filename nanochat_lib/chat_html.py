@@ -39,8 +39,9 @@ def frame(role: str, inner: str) -> str:
 CARDS = """<style>
 .chat-token { cursor: help; border-radius: 3px; outline: none } .chat-token:focus { box-shadow: 0 0 0 2px currentColor }
 .chat-cards { position: relative; padding-bottom: 8.6em } .chat-mark { opacity: 0.55; font-size: 80% }
-.chat-card { display: none; position: absolute; left: 12px; bottom: 6px; height: 7.8em; line-height: 1.3;
-             white-space: pre; font-family: monospace; font-size: 90%; background: var(--jp-layout-color1, #fff) }
+.chat-card { display: none; position: absolute; left: 12px; right: 0; bottom: 6px; height: 8.4em; line-height: 1.3;
+             white-space: pre; font-family: monospace; font-size: 90%; background: var(--jp-layout-color0, #fff) }
+.chat-hint { position: absolute; left: 12px; bottom: 6em; font-size: 85%; opacity: 0.6 }
 .chat-token:hover .chat-card { display: block; z-index: 2 } .chat-token:focus .chat-card { display: block; z-index: 1 }
 </style>"""
 MARKS = {" ": "·", "\n": "⏎", "\t": "→"}  # in cards, blanks are shown
@@ -76,7 +77,8 @@ def token_bubble(answer: Answer, looks: list[Look]) -> str:
         if token.forced:
             spans += f'<span class="chat-forced">{text}</span>'
             continue
-        shade = f"background: rgba(224, 96, 32, {0.75 * (1 - look.probability) ** 2:.2f})"
+        shade = f"background: rgba(224, 96, 32, {0.75 * (1 - look.probability):.2f})"
         spans += (f'<span class="chat-token" tabindex="0" style="{shade}">{text or "▪"}'
                   f'<span class="chat-card">{card(tokenizer, look)}</span></span>')
-    return f'{CARDS}<div class="chat-cards">{frame("assistant", spans or "…")}</div>'
+    hint = '<div class="chat-hint">point at a token, or click it: what else could have stood there?</div>'
+    return f'{CARDS}<div class="chat-cards">{frame("assistant", spans or "…")}{hint}</div>'
