@@ -2211,8 +2211,9 @@ assert curve[-1][1] < 0.8 * curve[0][1]
 
 # %% [markdown]
 # On several processes, `python -m torch.distributed.run --nproc-per-node=2 -m nanochat_lib.scripts.base_train …` trains
-# the same one model. This course's tests kill runs of one and of two processes at random moments, also in the middle
-# of saving (`tests/test_exact_resume.py`).
+# the same one model; on several machines each starts the same command with `--nnodes=2 --node-rank=0` (or 1)
+# `--master-addr=HOST`, and the folder of checkpoints is one that all of them share. This course's tests kill runs of
+# one and of two processes at random moments, also in the middle of saving (`tests/test_exact_resume.py`).
 
 # %% [markdown]
 # ## Where the rules come from

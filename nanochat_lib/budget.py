@@ -20,6 +20,7 @@ CHIPS = {"GB200": (2500e12, 186), "B200": (2250e12, 180), "H200": (989e12, 141),
 LAYER_NUMBERS = 17  # kept for backward, per token, layer and channel
 OUTER_NUMBERS = 5   # and per token and channel outside the layers
 HEAD_ROWS = 4096    # tokens whose logits exist at a time
+SAFE = 0.8          # part of a GPU's memory to plan with: peaks have been 16 % above the estimate, and CUDA takes some
 
 
 def peak_flops(device: torch.device) -> float:
@@ -89,7 +90,7 @@ def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str,
     peak, gigabytes = CHIPS[plan.chip]
     memory = memory_of(dial, device_batch, plan.gpus)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if name != "total")
-    fits = fitting_batch(dial, device_batch, plan.gpus, 0.92e9 * gigabytes)  # the rest: CUDA itself, fragments
+    fits = fitting_batch(dial, device_batch, plan.gpus, SAFE * 1e9 * gigabytes)
     advice = f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
     advice = "" if fits == device_batch else advice
     hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
