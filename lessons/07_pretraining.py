@@ -2568,7 +2568,7 @@ def base_eval(settings: BaseEval) -> None:
 #
 # | measured | ours against plain |
 # |---|---|
-# | CPU, depth 4, vocabulary 32,768: tokens a second | 2.3 × (1.1 × in float32) |
+# | CPU, depth 4, vocabulary 32,768: tokens a second of one core | 3.0 × (1.8 × in float32) |
 # | the same: peak memory | 0.35 × |
 # | the same: the optimizer's part of a step | 6 % |
 # | rows packed a second, against a linear search | 14 × |
