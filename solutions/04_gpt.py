@@ -138,9 +138,9 @@ check.parameters_by_depth(answer)
 # difficulty 2/5 · importance 3/5 · 15 minutes
 #
 # Before a tensor is cast to an 8-bit float it is divided by a scale, one for the whole tensor, so that its largest
-# entry becomes the largest number of the format (`torch.finfo(dtype).max`: 448 for e4m3, 57,344 for e5m2). The scale is a
-# float32 tensor without dimensions; later the product of two such tensors is multiplied by both scales. Two traps:
-# a tensor of zeros has no largest entry to divide by, and rounding may push an entry past the end of the format.
+# entry becomes the largest number of the format (`torch.finfo(dtype).max`: 448 for e4m3, 57,344 for e5m2). The scale
+# is a float32 tensor without dimensions; later the product of two such tensors is multiplied by both scales. Two
+# traps: a tensor of zeros has no largest entry to divide by, and rounding may push an entry past the format's end.
 
 # %%
 def to_fp8(x, dtype):

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 05 · Exercises: the optimizer
 #
-# Three functions of `nanochat_lib.optim` and `nanochat_lib.muon` to rebuild, and one question to answer by measuring. The lesson is [05 · The
-# optimizer](../lessons/05_optimizer.ipynb).
+# Three functions of `nanochat_lib.optim` and `nanochat_lib.muon` to rebuild, and one question to answer by measuring.
+# The lesson is [05 · The optimizer](../lessons/05_optimizer.ipynb).
 
 # %%
 import torch

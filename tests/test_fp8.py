@@ -107,7 +107,8 @@ def test_it_learns_as_bfloat16_does(monkeypatch):
 
 def test_a_compiler_takes_it_whole():
     torch.manual_seed(0)
-    model = build_model(GPTConfig(sequence_len=128, vocab_size=512, n_layer=1, n_head=1, n_kv_head=1, n_embd=128), "cpu")
+    config = GPTConfig(sequence_len=128, vocab_size=512, n_layer=1, n_head=1, n_kv_head=1, n_embd=128)
+    model = build_model(config, "cpu")
     torch.nn.init.normal_(model.transformer.h[0].mlp.c_proj.weight, std=0.02)
     convert_to_fp8(model)
     ids = torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(0))
