@@ -1058,8 +1058,8 @@ class Decoder:
         lengths, config = slots.lengths[:B], self.config
         positions = lengths + slots.offsets[:B]
         heads = torch.arange(B * config.n_kv_head, device=slots.device).view(B, 1, -1)
-        heads = heads + torch.tensor([[0], [slots.rows * config.n_kv_head]], device=slots.device)  # keys, then values
-        places = (heads * slots.capacity + lengths[:, None, None]).flatten()
+        values = torch.arange(2, device=slots.device)[:, None] * (slots.rows * config.n_kv_head)  # they lie behind all keys
+        places = ((heads + values) * slots.capacity + lengths[:, None, None]).flatten()
         return Place(slots.ids[:B], self.cos[positions][:, None], self.sin[positions][:, None], places)
 
     def __call__(self, slots: Slots, B: int) -> Tensor:
@@ -1120,6 +1120,11 @@ from nanochat_lib.slots import Slots
 
 # %%
 #| export graphs
+def notice(what: str, error: Exception) -> None:
+    """Say in one line what is missing."""
+    print(f"engine: {what}: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr, flush=True)
+
+
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
@@ -1130,7 +1135,7 @@ class GraphedDecoder:
     def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
         self.decoder, self.record, self.slots, self.graphs = Decoder(model), record, None, {}
         self.refresh, self.plain = self.decoder.refresh, (self.decoder.project, self.decoder.finish)
-        self.decoder.static = True
+        self.decoder.static, self.fused, self.unsure = True, fuse, fuse
         if fuse:
             self.decoder.project, self.decoder.finish = map(torch.compile, self.plain)
 
@@ -1142,17 +1147,18 @@ class GraphedDecoder:
     def __call__(self, slots: Slots, B: int) -> Tensor:
         """As Decoder's: logits (B, vocab)."""
         size = self.padded(B, slots.rows)
-        slots.inputs[:, B:size] = 0
+        slots.inputs[:3, B:size] = 0
+        slots.owners[B:size] = slots.prefixes  # no shared beginning
         if slots is not self.slots:  # a graph is bound to the memory it was recorded with
             self.slots, self.graphs = slots, {}
         if not self.record or (slots.members is not None and self.decoder.look.kernel is None):
-            return self.decoder(slots, size)[:B]
-        return self.replay((size, slots.members is None), lambda: self.decoder(slots, size))[:B]
+            return self.run(slots, size)[:B]
+        return self.replay((size, slots.members is None), lambda: self.run(slots, size))[:B]
 
     def pick(self, logits: Tensor, seeds: Tensor, settings: tuple) -> Tensor:
         """As sampling.pick, recorded too where the logits are a recorded step's."""
         made = next((made for made in self.graphs.values() if made[1].data_ptr() == logits.data_ptr()), None)
-        if made is None:
+        if made is None or not self.record:
             return pick(logits, seeds, *settings)
         size = len(made[1])
         held = self.graphs.setdefault("seeds", (None, torch.zeros(self.slots.rows, dtype=seeds.dtype, device=seeds.device)))[1]
@@ -1162,31 +1168,47 @@ class GraphedDecoder:
     def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
         """The result of a step: recorded at first, replayed from then on. The result stays at its place."""
         if key not in self.graphs:
-            self.graphs[key] = self.capture(step)
+            self.unsure = self.fused  # a new size may be compiled anew
+            try:
+                self.graphs[key] = self.capture(step)
+            except Exception as error:  # a driver or an operation that cannot: slower, and right
+                self.record = False
+                notice("without CUDA graphs", error)
+                return step()
         graph, result = self.graphs[key]
         graph.replay()
         return result
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record a step. It runs four times: keys and values are the same each time, the embedding before smear is put back."""
-        previous = self.slots.previous.clone()
-        stream = torch.cuda.Stream()
+        """Record a step. It runs before, so that all is compiled; the embedding before smear is put back each time."""
+        previous, stream = self.slots.previous.clone(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            try:
-                step()
-            except Exception as error:  # no compiler on this machine
-                if self.decoder.project is self.plain[0]:
-                    raise
-                print(f"engine: without fused kernels: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
-                self.decoder.project, self.decoder.finish = self.plain
             step(), step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = step()
-        self.slots.previous.copy_(previous)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = step()
+        finally:
+            self.slots.previous.copy_(previous)
         return graph, result
+
+    def run(self, slots: Slots, size: int) -> Tensor:
+        """A step; without fused kernels from now on, if they cannot be made here."""
+        previous = slots.previous.clone() if self.unsure else None
+        try:
+            logits = self.decoder(slots, size)
+        except Exception as error:
+            if not self.unsure:
+                raise
+            notice("without fused kernels", error)
+            self.fused = False
+            self.decoder.project, self.decoder.finish = self.plain
+            slots.previous.copy_(previous)
+            logits = self.decoder(slots, size)
+        self.unsure = False
+        return logits
 
 # %% [markdown]
 # ### On a CPU: the price of an operation

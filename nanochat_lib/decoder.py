@@ -105,8 +105,8 @@ class Decoder:
         lengths, config = slots.lengths[:B], self.config
         positions = lengths + slots.offsets[:B]
         heads = torch.arange(B * config.n_kv_head, device=slots.device).view(B, 1, -1)
-        heads = heads + torch.tensor([[0], [slots.rows * config.n_kv_head]], device=slots.device)  # keys, then values
-        places = (heads * slots.capacity + lengths[:, None, None]).flatten()
+        values = torch.arange(2, device=slots.device)[:, None] * (slots.rows * config.n_kv_head)  # they lie behind all keys
+        places = ((heads + values) * slots.capacity + lengths[:, None, None]).flatten()
         return Place(slots.ids[:B], self.cos[positions][:, None], self.sin[positions][:, None], places)
 
     def __call__(self, slots: Slots, B: int) -> Tensor:

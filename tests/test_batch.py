@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat_lib.attention import reference_attention
 from nanochat_lib.common import NanochatError
 from nanochat_lib.decoder import Decoder
 from nanochat_lib.engine import Engine
@@ -15,6 +17,7 @@ from nanochat_lib.kv_cache import KVCache, cache_bytes
 from nanochat_lib.lookback import look_back, runs_of
 from nanochat_lib.prefill import chunks
 from nanochat_lib.request import Request
+from nanochat_lib.sampling import pick
 from nanochat_lib.sharing import shared_beginnings
 from nanochat_lib.slots import Slots
 
@@ -275,6 +278,51 @@ def test_a_steps_addresses_stay(make_model):
             decoder(slots, 2)
     decoder.refresh()
     assert [tensor.data_ptr() for tensor in lasting] == before
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what a CUDA graph cannot record: reading a value on the host, a tensor made of host data, a shape that depends on values."""
+
+    FORBIDDEN = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.FORBIDDEN), f"{func} in a recorded step"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [(0.0, None, None), (0.8, 50, None), (1.0, None, 0.9)])
+def test_a_step_asks_the_host_for_nothing(make_model, monkeypatch, settings):
+    def attention(q, k, v, lengths, window):  # the decoding kernel's part, which reads lengths on the device
+        return reference_attention(q, k, v, window, lengths)
+
+    monkeypatch.setattr("nanochat_lib.lookback.cached_attention", attention)
+    model = make_model()
+    slots, decoder = Slots(model, 4, 32), Decoder(model)
+    decoder.static = True
+    slots.feed(np.array([1, 2]), np.array([3, 4]), np.array([0, 0]))
+    with torch.inference_mode(), Recorder():
+        picked = pick(decoder(slots, 4), torch.zeros(4, dtype=torch.int32), *settings)
+    assert picked.shape == (2, 4)
+    with pytest.raises(AssertionError, match="recorded step"), Recorder():
+        torch.tensor([1.0])
+
+
+def test_a_gpu_that_cannot_record_goes_on_without(make_model, tokenizer, capsys):
+    engine = Engine(make_model(seed=11), tokenizer)
+    engine.runner.numpy_step = None
+    engine.runner.decoder = GraphedDecoder(engine.model, fuse=False)  # no CUDA here: every recording fails
+    check_greedy(engine, [tokens_of(80, 9), tokens_of(81, 4)], 4)
+    assert capsys.readouterr().err.count("engine: without CUDA graphs: ") == 1
+    broken = GraphedDecoder(engine.model, fuse=False, record=False)
+
+    def fails(*arguments):
+        raise RuntimeError("no compiler\nhere")
+
+    broken.fused = broken.unsure = True
+    broken.decoder.project = fails
+    engine.runner.decoder = broken
+    check_greedy(engine, [tokens_of(82, 9), tokens_of(83, 4)], 4)
+    assert capsys.readouterr().err == "engine: without fused kernels: no compiler\n"
 
 
 def test_trained_weights_are_taken_over(make_model, tokenizer):
