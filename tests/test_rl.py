@@ -11,8 +11,8 @@ from nanochat_lib.checkpoint import find_checkpoint, save_checkpoint, steps_in
 from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.engine import Completion, Engine
 from nanochat_lib.objectives import Terms, policy_gradient_loss, reinforce
-from nanochat_lib.rewards import Reward, Tried, parse_reward
-from nanochat_lib.rl import (Question, Row, chosen, collapsed, learn, micro_batches, questions_of_step, readable,
+from nanochat_lib.rewards import Reward, parse_reward
+from nanochat_lib.rl import (Question, Row, chosen, learn, micro_batches, questions_of_step, readable,
                              roll_out, row_logprobs, statistics, token_logprobs, token_weights, tries_of)
 from nanochat_lib.scripts.chat_rl import ChatRL, chat_rl
 from nanochat_lib.tasks import get_task
@@ -20,7 +20,7 @@ from nanochat_lib.tasks.common import conversation_of
 from nanochat_lib.tasks.world import world_rows
 from nanochat_lib.world import World
 from nanochat_lib.world_tasks import write_tasks
-from tests.rl_task import HasE, paid_for_a
+from tests.rl_task import HasE
 
 STOP = 301
 
@@ -114,7 +114,8 @@ def test_every_question_once_a_pass_and_any_step_alone():
 
 def test_rollouts_are_readable(make_model, tokenizer):
     rewards = Reward({"answer": 1.0, "length": 0.5}, zero_cut=False)
-    [asked] = roll_out(Engine(make_model(), tokenizer), HasE("train"), [3], rewards, num_samples=6, max_tokens=4, top_k=5)
+    engine = Engine(make_model(), tokenizer)
+    [asked] = roll_out(engine, HasE("train"), [3], rewards, num_samples=6, max_tokens=4, top_k=5)
     line = json.loads(json.dumps(readable(0, asked)))
     assert all(set(answer["parts"]) == {"answer", "length"} for answer in line["answers"])
     assert line["question"] == "Question 3?" and sum(answer["count"] for answer in line["answers"]) == 6
@@ -157,7 +158,8 @@ def test_a_run_its_files_and_an_exact_resume(sft_model):
     assert [event["step"] for event in steps] == [0, 1, 2, 3]
     assert {"entropy", "length", "tool_use", "all_right", "all_wrong", "loss"} <= steps[0].keys()
     result = json.loads((sft_model / "report" / "result_rl.json").read_text())
-    assert result["steps"] == 4 and result["curve"] == [step["reward"] for step in meta["loop"]["history"]] and 0 <= result["reward_start"] <= 1
+    assert result["steps"] == 4 and 0 <= result["reward_start"] <= 1
+    assert result["curve"] == [step["reward"] for step in meta["loop"]["history"]]
     evaluations = [event for event in events(sft_model) if "pass_at_k" in event]
     assert [event["step"] for event in evaluations] == [0, 2, 4]
     curves = [event["pass_at_k"] for event in evaluations]
@@ -194,8 +196,8 @@ def test_two_processes_are_one_run_and_fewer_samples_than_a_device_batch_work(sf
                    for lines in (one, two)]
     assert by_question[0] == by_question[1] and len(by_question[0]) == 3
     assert (sft_model / "chatrl_checkpoints" / "d3.old1").is_dir()
-    assert logged[0]["kl"] == pytest.approx(0, abs=1e-6) and logged[1]["kl"] == pytest.approx(events(sft_model)[1]["kl"],
-                                                                                              rel=0.05)
+    assert logged[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert logged[1]["kl"] == pytest.approx(events(sft_model)[1]["kl"], rel=0.05)
     for name, value in weights_of(sft_model, 1).items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4, msg=name)
 
@@ -235,49 +237,16 @@ def test_no_sft_model_is_one_line(base_dir):
         chat_rl(ChatRL(**SMALL))
 
 
-def tried(text, stop=STOP, tokens=4):
-    return Tried(HasE("train"), conversation_of("q", "e"), text, Completion([0] * tokens, [], [], "stop", stop), 10)
-
-
-def test_rewards_are_summed_with_weights():
-    reward = parse_reward("answer=2,format=0.5, length")
-    parts = reward.parts(tried("e\n#### 12"))
-    assert parts == {"answer": 0.5, "format": 1.0, "length": 0.6} and reward.total(parts) == pytest.approx(2.1)
-    forms = {"#### 7": 1, "a #### -1,000.5 ": 1, "#### 7 and": 0, "#### 1 #### 2": 0, "7": 0, "####": 0}
-    assert {text: parse_reward("format").parts(tried(text))["format"] for text in forms} == forms
-
-
-def test_an_answer_that_was_cut_off_earns_nothing():
-    cut = tried("e #### 12", stop=None)
-    assert set(parse_reward("answer=1,format=1,length=1").parts(cut).values()) == {0.0}
-    assert parse_reward("answer=1", zero_cut=False).parts(cut) == {"answer": 0.5}
-
-
 def test_a_reward_of_ones_own_is_named_as_module_and_function(sft_model):
     assert parse_reward("tests.rl_task:paid_for_a=3").total({"tests.rl_task:paid_for_a": 2.0}) == 6
-    assert paid_for_a(tried("a bad cat")) == 3
     chat_rl(ChatRL(**{**SMALL, "num_iterations": 1, "reward": "answer=1,tests.rl_task:paid_for_a=0.5"}))
     [event] = [event for event in events(sft_model) if "reward" in event]
     assert event["reward"] == pytest.approx(event["reward_answer"] + 0.5 * event["reward_tests.rl_task:paid_for_a"])
 
 
-def steps(count=10, **changes):
-    return [{"reward": 0.5, "entropy": 0.3, "cut": 0.1, "questions": 16, "all_right": 2, **changes}] * count
-
-
-def test_a_collapse_is_told_from_a_sound_run():
-    assert collapsed(steps(30), 10) == collapsed(steps(3, cut=1.0), 10) == collapsed(steps(30, cut=1.0), -1) == ""
-    assert "no answer ended" in collapsed(steps(20) + steps(10, cut=1.0), 10)
-    assert "nothing new is tried" in collapsed(steps(10, entropy=1e-5), 10)
-    assert collapsed(steps(10, entropy=1e-5, all_right=16, reward=1.0), 10) == ""  # there is nothing left to learn
-    assert "fell from 0.50 (steps from 0 on) to 0.10" in collapsed(steps(20) + steps(10, reward=0.1), 10)
-    assert collapsed(steps(20) + steps(10, reward=0.3), 10) == ""  # not by half
-    assert collapsed(steps(20, reward=0.1) + steps(10, reward=0.01), 10) == ""  # within chance
-
-
 def test_a_collapsed_run_stops_with_the_reason_and_keeps_its_checkpoints(sft_model):
     settings = ChatRL(**{**SMALL, "max_new_tokens": 1, "patience": 3, "num_iterations": 9})
-    with pytest.raises(NanochatError, match="stopped at step 3: in 3 steps no answer ended .* last checkpoint is step 2"):
+    with pytest.raises(NanochatError, match="at step 3: in 3 steps no answer ended .* last checkpoint is step 2"):
         chat_rl(settings)
 
 
