@@ -189,9 +189,9 @@ widgets.VBox([*dials.values(), result])
 # ## Why decoding is bound by memory
 #
 # To multiply a matrix with one vector, every weight is read and used once: two operations for each number read. A processor can do ten to
-# a hundred times as many in that time. With more vectors the matrix is still read once, so for a while **more rows cost nothing**: the
-# step takes as long as reading takes. Only then does arithmetic become the bound, and the time grows with the rows. Measured on a matrix of
-# 64 MB, too large for any cache of the processor:
+# a hundred times as many in that time. With more vectors the matrix is still read once, so at first **more rows cost little**: the
+# time grows more slowly than the rows. Only with many does arithmetic become the bound, and the time grows with the rows.
+# Measured on a matrix of 64 MB, too large for the processor's caches:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -573,7 +573,7 @@ class Notes:
         return self.tokens[line, counts - 1], self.lengths[line] + counts - 1 - shared, shared
 
     def write(self, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Note a token of each row, forced ones in place of sampled ones; returns tokens, log-probabilities and forced (B,)."""
+        """Note a token of each row, forced ones in place of sampled ones; returns tokens, logprobs and forced, each (B,)."""
         line = self.lines
         counts = self.counts[line]
         forced = counts < self.forced_until[line]
@@ -689,7 +689,7 @@ def shared_beginnings(prompts: Counter[tuple[int, ...]]) -> dict[tuple[int, ...]
 
 
 def plan(requests: list[Request], kept: list[tuple[int, ...]] = ()) -> None:
-    """Set `shared` of requests that have not been looked at: first what is `kept` already, then what they have in common."""
+    """Set `shared` of requests not looked at yet: first what is `kept` already, then what they have in common."""
     new = [request for request in requests if request.shared is None]
     wanted = Counter(tuple(request.prompt) for request in new)
     lengths = {prompt: max((len(head) for head in kept if prompt[:len(head)] == head), default=0) for prompt in wanted}
@@ -728,9 +728,9 @@ from nanochat_lib.kv_cache import KVCache
 class Slots:
     """Keys and values of up to `rows` running rows, each alone or behind one of `prefixes` shared beginnings.
 
-    tails and heads are (layer, 2, row or prefix, kv head, position, head dim): each row's own part, and the shared parts, kept once
-    however many rows stand on them and never written again. Nothing changes its place or shape, as CUDA graphs want it.
-    Places behind an end may hold anything finite: they are written before they are seen.
+    tails and heads are (layer, 2, row or prefix, kv head, position, head dim): each row's own part, and the shared
+    parts, kept once however many rows stand on them and never written again. Nothing changes its place or shape, as
+    CUDA graphs want it. Places behind an end may hold anything finite: they are written before they are seen.
     """
 
     def __init__(self, model: GPT, rows: int, capacity: int, prefixes: int = 0, prefix_capacity: int = 0):
@@ -757,7 +757,7 @@ class Slots:
         self.users = [0] * self.prefixes
 
     def claim(self, head: tuple[int, ...]) -> bool | None:
-        """One more row will stand on `head`: True if it is here, False if it is to be filled, None if there is no place for it."""
+        """One more row will stand on `head`: True if it is here, False if it is to be filled, None if it has no place."""
         place = self.known.pop(head, None)
         here = place is not None
         if not here and len(head) <= self.prefix_capacity:
@@ -783,7 +783,7 @@ class Slots:
         cache.previous = self.head_previous[places]
 
     def keep_tails(self, at: int, cache: KVCache, source: list[int], start: int = 0, end: int | None = None) -> None:
-        """Copy rows `source` of a prefill, from position `start` to `end`, to the rows from `at` on: one prompt may serve many."""
+        """Copy rows `source` of a prefill, positions `start` to `end`, to the rows from `at` on: one may serve many."""
         end, rows = cache.longest if end is None else end, slice(at, at + len(source))
         index = torch.tensor(source, device=self.device)
         for layer, tails in enumerate(self.tails[:, :, rows, :, :end - start]):
@@ -791,7 +791,7 @@ class Slots:
         self.previous[rows], self.longest = cache.previous[index], max(self.longest, end - start)
 
     def stand(self, at: int, places: list[int]) -> None:
-        """The rows from `at` on stand on these shared beginnings, whose users were counted when the places were claimed."""
+        """The rows from `at` on stand on these shared beginnings; their users were counted when they claimed a place."""
         self.shares[at:at + len(places)] = places
 
     def leave(self, row: int) -> None:
@@ -842,14 +842,17 @@ SPAN = 16  # rows whose attention is worth calls of their own
 def look_back(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Σ e^score · v (N, n, D) and Σ e^score (N, n, 1) of queries (N, n, D) over keys and values (N, S, D), in float32.
 
-    Normed queries and keys bound a score by 1.44 √D, so e^score needs no maximum taken off, and two such pairs simply add up.
+    Normed queries and keys bound a score by 1.44 √D, so no maximum need be taken off, and two such pairs add up.
     """
     scores = torch.baddbmm(bias, q.float(), k.float().transpose(1, 2), alpha=q.size(-1) ** -0.5).exp_()
     return torch.bmm(scores, v.float()), scores.sum(-1, keepdim=True)
 
 
 def seen_bias(queries: Tensor, keys: Tensor, ends: Tensor, window: int, heads: int, group: int) -> Tensor:
-    """0 where a query sees a key, −∞ elsewhere. Positions of queries and ends (N, n), keys (S,) → (N · heads, n · group, S)."""
+    """0 where a query sees a key, −∞ elsewhere.
+
+    Positions of queries and ends (N, n) and of keys (S,) → (N · heads, n · group, S).
+    """
     seen = (keys < ends[..., None]) & (keys >= queries[..., None] - window)
     bias = torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, -torch.inf)
     N, n, S = bias.shape
@@ -887,7 +890,7 @@ class LookBack:
         self.heads, self.kernel = (config.n_kv_head, config.n_head // config.n_kv_head), sharing_kernel(config, device)
 
     def begin(self, slots: Slots, B: int, static: bool) -> None:
-        """Find out what each row sees. `static`: no look at lengths on the host, all shapes fixed, as a CUDA graph wants it."""
+        """Find out what each row sees. `static`: no look at lengths on the host, all shapes fixed, for a CUDA graph."""
         self.plain = static and (slots.members is None or self.kernel is not None)
         if self.plain:
             self.totals = slots.lengths[:B] + slots.offsets[:B]
@@ -900,8 +903,8 @@ class LookBack:
             members = slots.members.clamp(min=0)
             offsets = slots.offsets[members]
             ends = torch.where(slots.members < 0, 0, offsets)
-            self.shared = {window: seen_bias(slots.lengths[members] + offsets, slots.places[:slots.prefix_capacity], ends, window,
-                                             *self.heads) for window in set(self.windows)}
+            positions, keys = slots.lengths[members] + offsets, slots.places[:slots.prefix_capacity]
+            self.shared = {window: seen_bias(positions, keys, ends, window, *self.heads) for window in set(self.windows)}
 
     def attend(self, layer: int, q: Tensor, slots: Slots) -> Tensor:
         """q (B, H, D) over everything its rows hold → (B, C)."""
@@ -924,7 +927,7 @@ class LookBack:
         return total.div_(weight).view(B, -1).to(q.dtype)
 
     def add_shared(self, q: Tensor, store: Tensor, members: Tensor, bias: Tensor, total: Tensor, weight: Tensor) -> None:
-        """Add what q (B, H, D) sees in shared beginnings, store (2, prefix, kv head, S, D): one product for all rows on one."""
+        """Add what q (B, H, D) sees in shared beginnings (2, prefix, kv head, S, D): one product for all rows on one."""
         (P, n), KVH, D = members.shape, self.config.n_kv_head, q.size(-1)
         rows = members.clamp(min=0).flatten()
         asked = q[rows].view(P, n, KVH, -1, D).transpose(1, 2).reshape(P * KVH, -1, D)
@@ -999,7 +1002,8 @@ def layer_weights(model: GPT, number: int) -> Layer:
 
 def top_weights(model: GPT) -> list[Tensor]:
     """The weights outside the blocks."""
-    weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda, model.backout_lambda)
+    weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda,
+               model.backout_lambda)
     return [weight.detach().to(model.dtype) for weight in weights]
 
 # %%
@@ -1100,8 +1104,11 @@ assert all(torch.allclose(row, expected, atol=1e-4) for row in stepped)
 #
 # A step of a 12-layer model is some 300 kernels of a few microseconds each. Python and PyTorch take longer to start them than the GPU to run them, so
 # the GPU waits. A **CUDA graph** records a step once, with all addresses and shapes, and replays it with a single launch. That is why the slots never
-# move and why a step asks the host for nothing. `torch.compile` makes one kernel of all that stands between two matrix products. Measured on an H200,
-# 12 layers of width 768 in bfloat16, one row: `GPT.forward` 12.2 ms, the step above 6.6 ms, recorded 0.78 ms, recorded and fused 0.57 ms.
+# move and why a step asks the host for nothing. `torch.compile` makes one kernel of all that stands between two matrix products. An early form
+# of these cells, measured on an H200 (12 layers of width 768, bfloat16, one row): `GPT.forward` 12.2 ms, the step above 6.6 ms, recorded 0.78 ms,
+# recorded and fused 0.57 ms. That is 1,746 tokens a second, and 449 GB/s of the 4,250 the memory gives: a ninth. A model so small is bound by
+# the latency of 170 kernels, one after another; half of the bandwidth would take larger layers, or kernels that do a whole layer. With 64 rows a
+# step takes 1.16 ms, 54,900 tokens a second.
 
 # %%
 #| export graphs
@@ -1128,8 +1135,8 @@ def notice(what: str, error: Exception) -> None:
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
-    Rows beyond the batch run along and write into free slots. `fuse`: torch.compile makes one kernel of what stands between two
-    matrix products. `record` = False runs the same steps of fixed shape without graphs.
+    Rows beyond the batch run along and write into free slots. `fuse`: torch.compile makes one kernel of what stands
+    between two matrix products. `record` = False runs the same steps of fixed shape without graphs.
     """
 
     def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
@@ -1161,7 +1168,7 @@ class GraphedDecoder:
         if made is None or not self.record:
             return pick(logits, seeds, *settings)
         size = len(made[1])
-        held = self.graphs.setdefault("seeds", (None, torch.zeros(self.slots.rows, dtype=seeds.dtype, device=seeds.device)))[1]
+        _, held = self.graphs.setdefault("seeds", (None, seeds.new_zeros(self.slots.rows)))
         held[:len(seeds)] = seeds
         return self.replay((size, *settings), lambda: pick(made[1], held[:size], *settings))[:, :len(seeds)]
 
@@ -1337,7 +1344,10 @@ from nanochat_lib.slots import Slots
 # %%
 #| export runner
 class Runner:
-    """Runs a model for batches, in the fastest way its device has. `memory`: most bytes of cache (default: a quarter of what is free)."""
+    """Runs a model for batches, in the fastest way its device has.
+
+    `memory`: most bytes of cache (default: a quarter of what is free).
+    """
 
     def __init__(self, model: GPT, memory: int | None = None):
         self.model, self.config, self.memory = model, model.config, memory
@@ -1368,13 +1378,14 @@ class Runner:
         self.decoder.refresh()
 
     def rows_that_fit(self, capacity: int, taken: int = 0) -> int:
-        """How many rows of `capacity` positions fit into the memory for caches, less `taken` bytes. NanochatError if none does."""
+        """How many rows of `capacity` positions fit into the memory for caches less `taken` bytes; NanochatError if none."""
         cuda, row = self.device.type == "cuda", cache_bytes(self.config, 1, capacity, self.model.dtype.itemsize)
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
         memory = free // 4 if self.memory is None else self.memory
         if row > memory - taken:
-            raise NanochatError(f"a row of {capacity} positions takes {row / 1e6:,.1f} MB of cache, and {(memory - taken) / 1e6:,.1f} MB "
-                                "are there for it: ask for fewer tokens, or give the engine more memory")
+            raise NanochatError(f"a row of {capacity} positions takes {row / 1e6:,.1f} MB of cache, and "
+                                f"{(memory - taken) / 1e6:,.1f} MB are there for it: ask for fewer tokens, or give the "
+                                "engine more memory")
         return (memory - taken) // row
 
     def slots(self, rows: int, capacity: int, prefixes: int, prefix_capacity: int) -> Slots:
@@ -1410,7 +1421,7 @@ from nanochat_lib.slots import Slots
 # %%
 #| export prefill
 Text = tuple[int, ...]
-MOST, ENOUGH = 8192, 1024  # positions of one forward: at most (its memory), and from where on padding costs more than a new one
+MOST, ENOUGH = 8192, 1024  # positions of one forward: at most, and from where on padding costs more than a new one
 
 
 def chunks(texts: list[tuple[Text, list[Request]]]) -> Iterator[list[tuple[Text, list[Request]]]]:
@@ -1569,7 +1580,7 @@ class Batch:
 
     def __init__(self, engine: "Engine", slots: Slots, refill: float = 0.0):
         self.engine, self.runner, self.slots, self.context = engine, engine.runner, slots, engine.model.config.sequence_len
-        self.refill = max(1, int(refill * slots.rows))  # rows that must be free before new ones join: fewer, larger prefills
+        self.refill = max(1, int(refill * slots.rows))  # so many rows must be free before new ones join: larger prefills
         self.notes = Notes(slots.rows, slots.capacity + 1)
         self.running = self.notes.running  # row i of the slots serves running[i]
         self.waiting: deque[Request] = deque()
@@ -1619,7 +1630,7 @@ class Batch:
         self.slots.group(len(self.running))
 
     def choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sample every running row: tokens (B,) and log-probabilities (B,), on the host. The step's only wait for the device."""
+        """Sample every running row: tokens and log-probabilities (B,), on the host. The step's only wait for the device."""
         if self.groups is None:
             alike: dict[tuple, list[int]] = {}
             for row, request in enumerate(self.running):
@@ -1724,7 +1735,7 @@ class Speller:
 # %%
 #| export
 class Engine:
-    """Generates with a model: streams, batches, samples, tools. `memory`: most bytes of cache (default: a quarter of what is free)."""
+    """Generates with a model: streams, batches, samples, tools. `memory`: most bytes of cache (see Runner)."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, memory: int | None = None):
         self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, memory)
@@ -1751,7 +1762,8 @@ class Engine:
         `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them."""
         context = self.model.config.sequence_len
         prefixes = rows // 4 if prefixes is None else prefixes
-        slots = self.runner.slots(rows, min(capacity or context, context), prefixes, min(prefix_capacity or context, context))
+        capacity, prefix_capacity = (min(positions or context, context) for positions in (capacity, prefix_capacity))
+        slots = self.runner.slots(rows, capacity, prefixes, prefix_capacity)
         return Batch(self, slots, refill)
 
     def batch_of(self, requests: list[Request], rows: int = 256) -> Batch:
@@ -1829,7 +1841,8 @@ class Engine:
                 yield replace(token, text=speller.read(token.id, last=token.finish_reason is not None))
             said.clear()
         if request.completion.finish_reason == "context" and not request.completion.tokens:
-            raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {self.model.config.sequence_len}: shorten it")
+            context = self.model.config.sequence_len
+            raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {context}: shorten it")
 
 # %% [markdown]
 # The same tokens as the slow way, in any company:
@@ -1904,7 +1917,8 @@ assert [wish.completion for wish in wishes] != [] and all(
 
     python -m nanochat_lib.scripts.infer_bench                   # laptop-sized model, random weights
     python -m nanochat_lib.scripts.infer_bench --source sft      # a trained one
-    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048 --vocab-size 32768
+    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048 \\
+        --vocab-size 32768                                       # on a GPU
 """
 
 import random
@@ -2018,15 +2032,16 @@ class Bench:
                 batch.step()
             return 2 * new
 
-        rates = self.contest(cached=cached, recomputing=lambda: len(list(engine.model.generate(full, new, temperature=0.0))))
-        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} without: "
-               + verdict(rates["cached"] / rates["recomputing"], 10))
-        size = engine.model.dtype.itemsize
-        weights = size * sum(p.numel() for p in (*engine.model.transformer.h.parameters(), *engine.model.lm_head.parameters()))
-        moved, speed = weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
+        model, size = engine.model, engine.model.dtype.itemsize
+        rates = self.contest(cached=cached, recomputing=lambda: len(list(model.generate(full, new, temperature=0.0))))
+        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} "
+               "without: " + verdict(rates["cached"] / rates["recomputing"], 10))
+        weights = sum(p.numel() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
+        moved, speed = size * weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
         share = moved * rates["cached"] / speed
-        print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its bandwidth"
-               + (f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""))
+        target = f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""
+        print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its "
+               f"bandwidth{target}")
 
     def mixed(self) -> None:
         """Requests of mixed lengths, all at once against one after another."""
@@ -2051,8 +2066,8 @@ class Bench:
             return sum(len(answer.tokens) for samples in answers for answer in samples)
 
         rates = self.contest(together=lambda: ask(asked), apart=lambda: sum(ask([one]) for one in asked))
-        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} question "
-               "by question: " + verdict(rates["together"] / rates["apart"], 2.5))
+        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} "
+               "question by question: " + verdict(rates["together"] / rates["apart"], 2.5))
 
 # %%
 #| export scripts/infer_bench
@@ -2060,8 +2075,8 @@ class Bench:
 def infer_bench(settings: Settings) -> None:
     """Measure generation: the cache, the batch, the memory bound."""
     bench = Bench(settings)
-    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, context "
-           f"{bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
+    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, "
+           f"context {bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
     bench.one_row()
     bench.mixed()
     bench.samples()

@@ -24,7 +24,7 @@ class Batch:
 
     def __init__(self, engine: "Engine", slots: Slots, refill: float = 0.0):
         self.engine, self.runner, self.slots, self.context = engine, engine.runner, slots, engine.model.config.sequence_len
-        self.refill = max(1, int(refill * slots.rows))  # rows that must be free before new ones join: fewer, larger prefills
+        self.refill = max(1, int(refill * slots.rows))  # so many rows must be free before new ones join: larger prefills
         self.notes = Notes(slots.rows, slots.capacity + 1)
         self.running = self.notes.running  # row i of the slots serves running[i]
         self.waiting: deque[Request] = deque()
@@ -74,7 +74,7 @@ class Batch:
         self.slots.group(len(self.running))
 
     def choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sample every running row: tokens (B,) and log-probabilities (B,), on the host. The step's only wait for the device."""
+        """Sample every running row: tokens and log-probabilities (B,), on the host. The step's only wait for the device."""
         if self.groups is None:
             alike: dict[tuple, list[int]] = {}
             for row, request in enumerate(self.running):

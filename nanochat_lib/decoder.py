@@ -47,7 +47,8 @@ def layer_weights(model: GPT, number: int) -> Layer:
 
 def top_weights(model: GPT) -> list[Tensor]:
     """The weights outside the blocks."""
-    weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda, model.backout_lambda)
+    weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda,
+               model.backout_lambda)
     return [weight.detach().to(model.dtype) for weight in weights]
 
 

@@ -37,7 +37,7 @@ class Speller:
 
 
 class Engine:
-    """Generates with a model: streams, batches, samples, tools. `memory`: most bytes of cache (default: a quarter of what is free)."""
+    """Generates with a model: streams, batches, samples, tools. `memory`: most bytes of cache (see Runner)."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, memory: int | None = None):
         self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, memory)
@@ -64,7 +64,8 @@ class Engine:
         `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them."""
         context = self.model.config.sequence_len
         prefixes = rows // 4 if prefixes is None else prefixes
-        slots = self.runner.slots(rows, min(capacity or context, context), prefixes, min(prefix_capacity or context, context))
+        capacity, prefix_capacity = (min(positions or context, context) for positions in (capacity, prefix_capacity))
+        slots = self.runner.slots(rows, capacity, prefixes, prefix_capacity)
         return Batch(self, slots, refill)
 
     def batch_of(self, requests: list[Request], rows: int = 256) -> Batch:
@@ -142,4 +143,5 @@ class Engine:
                 yield replace(token, text=speller.read(token.id, last=token.finish_reason is not None))
             said.clear()
         if request.completion.finish_reason == "context" and not request.completion.tokens:
-            raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {self.model.config.sequence_len}: shorten it")
+            context = self.model.config.sequence_len
+            raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {context}: shorten it")

@@ -21,8 +21,8 @@ def notice(what: str, error: Exception) -> None:
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
-    Rows beyond the batch run along and write into free slots. `fuse`: torch.compile makes one kernel of what stands between two
-    matrix products. `record` = False runs the same steps of fixed shape without graphs.
+    Rows beyond the batch run along and write into free slots. `fuse`: torch.compile makes one kernel of what stands
+    between two matrix products. `record` = False runs the same steps of fixed shape without graphs.
     """
 
     def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
@@ -54,7 +54,7 @@ class GraphedDecoder:
         if made is None or not self.record:
             return pick(logits, seeds, *settings)
         size = len(made[1])
-        held = self.graphs.setdefault("seeds", (None, torch.zeros(self.slots.rows, dtype=seeds.dtype, device=seeds.device)))[1]
+        _, held = self.graphs.setdefault("seeds", (None, seeds.new_zeros(self.slots.rows)))
         held[:len(seeds)] = seeds
         return self.replay((size, *settings), lambda: pick(made[1], held[:size], *settings))[:, :len(seeds)]
 

@@ -15,14 +15,17 @@ SPAN = 16  # rows whose attention is worth calls of their own
 def look_back(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Σ e^score · v (N, n, D) and Σ e^score (N, n, 1) of queries (N, n, D) over keys and values (N, S, D), in float32.
 
-    Normed queries and keys bound a score by 1.44 √D, so e^score needs no maximum taken off, and two such pairs simply add up.
+    Normed queries and keys bound a score by 1.44 √D, so no maximum need be taken off, and two such pairs add up.
     """
     scores = torch.baddbmm(bias, q.float(), k.float().transpose(1, 2), alpha=q.size(-1) ** -0.5).exp_()
     return torch.bmm(scores, v.float()), scores.sum(-1, keepdim=True)
 
 
 def seen_bias(queries: Tensor, keys: Tensor, ends: Tensor, window: int, heads: int, group: int) -> Tensor:
-    """0 where a query sees a key, −∞ elsewhere. Positions of queries and ends (N, n), keys (S,) → (N · heads, n · group, S)."""
+    """0 where a query sees a key, −∞ elsewhere.
+
+    Positions of queries and ends (N, n) and of keys (S,) → (N · heads, n · group, S).
+    """
     seen = (keys < ends[..., None]) & (keys >= queries[..., None] - window)
     bias = torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, -torch.inf)
     N, n, S = bias.shape
@@ -58,7 +61,7 @@ class LookBack:
         self.heads, self.kernel = (config.n_kv_head, config.n_head // config.n_kv_head), sharing_kernel(config, device)
 
     def begin(self, slots: Slots, B: int, static: bool) -> None:
-        """Find out what each row sees. `static`: no look at lengths on the host, all shapes fixed, as a CUDA graph wants it."""
+        """Find out what each row sees. `static`: no look at lengths on the host, all shapes fixed, for a CUDA graph."""
         self.plain = static and (slots.members is None or self.kernel is not None)
         if self.plain:
             self.totals = slots.lengths[:B] + slots.offsets[:B]
@@ -71,8 +74,8 @@ class LookBack:
             members = slots.members.clamp(min=0)
             offsets = slots.offsets[members]
             ends = torch.where(slots.members < 0, 0, offsets)
-            self.shared = {window: seen_bias(slots.lengths[members] + offsets, slots.places[:slots.prefix_capacity], ends, window,
-                                             *self.heads) for window in set(self.windows)}
+            positions, keys = slots.lengths[members] + offsets, slots.places[:slots.prefix_capacity]
+            self.shared = {window: seen_bias(positions, keys, ends, window, *self.heads) for window in set(self.windows)}
 
     def attend(self, layer: int, q: Tensor, slots: Slots) -> Tensor:
         """q (B, H, D) over everything its rows hold → (B, C)."""
@@ -95,7 +98,7 @@ class LookBack:
         return total.div_(weight).view(B, -1).to(q.dtype)
 
     def add_shared(self, q: Tensor, store: Tensor, members: Tensor, bias: Tensor, total: Tensor, weight: Tensor) -> None:
-        """Add what q (B, H, D) sees in shared beginnings, store (2, prefix, kv head, S, D): one product for all rows on one."""
+        """Add what q (B, H, D) sees in shared beginnings (2, prefix, kv head, S, D): one product for all rows on one."""
         (P, n), KVH, D = members.shape, self.config.n_kv_head, q.size(-1)
         rows = members.clamp(min=0).flatten()
         asked = q[rows].view(P, n, KVH, -1, D).transpose(1, 2).reshape(P * KVH, -1, D)

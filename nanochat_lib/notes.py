@@ -48,7 +48,7 @@ class Notes:
         return self.tokens[line, counts - 1], self.lengths[line] + counts - 1 - shared, shared
 
     def write(self, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Note a token of each row, forced ones in place of sampled ones; returns tokens, log-probabilities and forced (B,)."""
+        """Note a token of each row, forced ones in place of sampled ones; returns tokens, logprobs and forced, each (B,)."""
         line = self.lines
         counts = self.counts[line]
         forced = counts < self.forced_until[line]

@@ -12,7 +12,7 @@ from nanochat_lib.slots import Slots
 
 
 Text = tuple[int, ...]
-MOST, ENOUGH = 8192, 1024  # positions of one forward: at most (its memory), and from where on padding costs more than a new one
+MOST, ENOUGH = 8192, 1024  # positions of one forward: at most, and from where on padding costs more than a new one
 
 
 def chunks(texts: list[tuple[Text, list[Request]]]) -> Iterator[list[tuple[Text, list[Request]]]]:

@@ -16,7 +16,10 @@ from nanochat_lib.slots import Slots
 
 
 class Runner:
-    """Runs a model for batches, in the fastest way its device has. `memory`: most bytes of cache (default: a quarter of what is free)."""
+    """Runs a model for batches, in the fastest way its device has.
+
+    `memory`: most bytes of cache (default: a quarter of what is free).
+    """
 
     def __init__(self, model: GPT, memory: int | None = None):
         self.model, self.config, self.memory = model, model.config, memory
@@ -47,13 +50,14 @@ class Runner:
         self.decoder.refresh()
 
     def rows_that_fit(self, capacity: int, taken: int = 0) -> int:
-        """How many rows of `capacity` positions fit into the memory for caches, less `taken` bytes. NanochatError if none does."""
+        """How many rows of `capacity` positions fit into the memory for caches less `taken` bytes; NanochatError if none."""
         cuda, row = self.device.type == "cuda", cache_bytes(self.config, 1, capacity, self.model.dtype.itemsize)
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
         memory = free // 4 if self.memory is None else self.memory
         if row > memory - taken:
-            raise NanochatError(f"a row of {capacity} positions takes {row / 1e6:,.1f} MB of cache, and {(memory - taken) / 1e6:,.1f} MB "
-                                "are there for it: ask for fewer tokens, or give the engine more memory")
+            raise NanochatError(f"a row of {capacity} positions takes {row / 1e6:,.1f} MB of cache, and "
+                                f"{(memory - taken) / 1e6:,.1f} MB are there for it: ask for fewer tokens, or give the "
+                                "engine more memory")
         return (memory - taken) // row
 
     def slots(self, rows: int, capacity: int, prefixes: int, prefix_capacity: int) -> Slots:

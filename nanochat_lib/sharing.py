@@ -51,7 +51,7 @@ def shared_beginnings(prompts: Counter[tuple[int, ...]]) -> dict[tuple[int, ...]
 
 
 def plan(requests: list[Request], kept: list[tuple[int, ...]] = ()) -> None:
-    """Set `shared` of requests that have not been looked at: first what is `kept` already, then what they have in common."""
+    """Set `shared` of requests not looked at yet: first what is `kept` already, then what they have in common."""
     new = [request for request in requests if request.shared is None]
     wanted = Counter(tuple(request.prompt) for request in new)
     lengths = {prompt: max((len(head) for head in kept if prompt[:len(head)] == head), default=0) for prompt in wanted}

@@ -11,9 +11,9 @@ from nanochat_lib.kv_cache import KVCache
 class Slots:
     """Keys and values of up to `rows` running rows, each alone or behind one of `prefixes` shared beginnings.
 
-    tails and heads are (layer, 2, row or prefix, kv head, position, head dim): each row's own part, and the shared parts, kept once
-    however many rows stand on them and never written again. Nothing changes its place or shape, as CUDA graphs want it.
-    Places behind an end may hold anything finite: they are written before they are seen.
+    tails and heads are (layer, 2, row or prefix, kv head, position, head dim): each row's own part, and the shared
+    parts, kept once however many rows stand on them and never written again. Nothing changes its place or shape, as
+    CUDA graphs want it. Places behind an end may hold anything finite: they are written before they are seen.
     """
 
     def __init__(self, model: GPT, rows: int, capacity: int, prefixes: int = 0, prefix_capacity: int = 0):
@@ -40,7 +40,7 @@ class Slots:
         self.users = [0] * self.prefixes
 
     def claim(self, head: tuple[int, ...]) -> bool | None:
-        """One more row will stand on `head`: True if it is here, False if it is to be filled, None if there is no place for it."""
+        """One more row will stand on `head`: True if it is here, False if it is to be filled, None if it has no place."""
         place = self.known.pop(head, None)
         here = place is not None
         if not here and len(head) <= self.prefix_capacity:
@@ -66,7 +66,7 @@ class Slots:
         cache.previous = self.head_previous[places]
 
     def keep_tails(self, at: int, cache: KVCache, source: list[int], start: int = 0, end: int | None = None) -> None:
-        """Copy rows `source` of a prefill, from position `start` to `end`, to the rows from `at` on: one prompt may serve many."""
+        """Copy rows `source` of a prefill, positions `start` to `end`, to the rows from `at` on: one may serve many."""
         end, rows = cache.longest if end is None else end, slice(at, at + len(source))
         index = torch.tensor(source, device=self.device)
         for layer, tails in enumerate(self.tails[:, :, rows, :, :end - start]):
@@ -74,7 +74,7 @@ class Slots:
         self.previous[rows], self.longest = cache.previous[index], max(self.longest, end - start)
 
     def stand(self, at: int, places: list[int]) -> None:
-        """The rows from `at` on stand on these shared beginnings, whose users were counted when the places were claimed."""
+        """The rows from `at` on stand on these shared beginnings; their users were counted when they claimed a place."""
         self.shares[at:at + len(places)] = places
 
     def leave(self, row: int) -> None:

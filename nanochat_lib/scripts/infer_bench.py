@@ -3,7 +3,8 @@
 
     python -m nanochat_lib.scripts.infer_bench                   # laptop-sized model, random weights
     python -m nanochat_lib.scripts.infer_bench --source sft      # a trained one
-    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048 --vocab-size 32768
+    python -m nanochat_lib.scripts.infer_bench --depth 12 --aspect-ratio 64 --head-dim 128 --max-seq-len 2048 \\
+        --vocab-size 32768                                       # on a GPU
 """
 
 import random
@@ -115,15 +116,16 @@ class Bench:
                 batch.step()
             return 2 * new
 
-        rates = self.contest(cached=cached, recomputing=lambda: len(list(engine.model.generate(full, new, temperature=0.0))))
-        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} without: "
-               + verdict(rates["cached"] / rates["recomputing"], 10))
-        size = engine.model.dtype.itemsize
-        weights = size * sum(p.numel() for p in (*engine.model.transformer.h.parameters(), *engine.model.lm_head.parameters()))
-        moved, speed = weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
+        model, size = engine.model, engine.model.dtype.itemsize
+        rates = self.contest(cached=cached, recomputing=lambda: len(list(model.generate(full, new, temperature=0.0))))
+        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} "
+               "without: " + verdict(rates["cached"] / rates["recomputing"], 10))
+        weights = sum(p.numel() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
+        moved, speed = size * weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
         share = moved * rates["cached"] / speed
-        print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its bandwidth"
-               + (f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""))
+        target = f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""
+        print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its "
+               f"bandwidth{target}")
 
     def mixed(self) -> None:
         """Requests of mixed lengths, all at once against one after another."""
@@ -148,15 +150,15 @@ class Bench:
             return sum(len(answer.tokens) for samples in answers for answer in samples)
 
         rates = self.contest(together=lambda: ask(asked), apart=lambda: sum(ask([one]) for one in asked))
-        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} question "
-               "by question: " + verdict(rates["together"] / rates["apart"], 2.5))
+        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} "
+               "question by question: " + verdict(rates["together"] / rates["apart"], 2.5))
 
 
 def infer_bench(settings: Settings) -> None:
     """Measure generation: the cache, the batch, the memory bound."""
     bench = Bench(settings)
-    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, context "
-           f"{bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
+    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, "
+           f"context {bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
     bench.one_row()
     bench.mixed()
     bench.samples()
