@@ -44,7 +44,7 @@ class Bench:
     def add(self, row: dict) -> None:
         self.rows.append(row)
         value = f"{row['ms']:10.3f} ms" if "ms" in row else f"not here: {row['failed']}"
-        rate = f"{row['rate']:9.1f} {row['unit']}" if "rate" in row else ""
+        rate = f"{row['rate']:9.4g} {row['unit']}" if "rate" in row else ""
         memory = f"  {row['peak_mib']:8.0f} MiB" if "peak_mib" in row else ""
         print0(f"{row['part']:20} {row['case']:22} {row['way']:24} {value}{rate}{memory}")
 
