@@ -943,11 +943,12 @@ def run_program(program: str, timeout: float = 5.0, memory: int = 1024) -> str:
     return run(program, timeout, memory).reason
 
 # %%
+# NBVAL_IGNORE_OUTPUT
 from nanochat_lib.tasks.execution import run
 
 for program in ("assert sum([1, 2]) == 3", "assert sum([1, 2]) == 4, 'wrong sum'", "import sys\nsys.exit(0)", "while True: pass",
-                "x = bytearray(2**33)", "open('/etc/passwd')", "import os\nwhile True: os.fork()"):
-    print(f"{program!r:45} {run(program, timeout=1).reason or 'passed'}")
+                "x = bytearray(2**33)", "open('/etc/passwd')"):
+    print(f"{program!r:45} {run(program, timeout=3).reason or 'passed'}")
 print("fences missing on this machine:", ", ".join(run("").open) or "none")
 
 # %%
