@@ -417,7 +417,7 @@ def hide(values, rows, keys, window, hidden):
 
 @triton.jit
 def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), and what the past is rescaled by."""
+    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), the factor that rescales the past."""
     if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
         rows, keys = start + tl.arange(0, BLOCK_M), key + tl.arange(0, BLOCK_N)
         scores = hide(scores, rows[:, None], keys[None, :], window, float("-inf"))
@@ -434,8 +434,8 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
 # Tensor cores idle while a program does its softmax, unless a second program is there to use them. So the tiles are
 # chosen such that two programs fit on a multiprocessor: 128 queries by 64 keys for four warps take nearly all 255
 # registers that a thread can have, and 96 KiB of the 227 of shared memory. On an H200 (bfloat16, 16 heads of 128,
-# 16K tokens) that is 0.33 ms at T = 2,048 and 1.14 at 8,192, 0.77 and 0.79 of cuDNN's speed. What was tried and lost: one
-# program of eight warps (0.37 ms), and issuing a tile's second product one turn late, in the shadow of the next
+# 16K tokens) that is 0.33 ms at T = 2,048 and 1.14 at 8,192, 0.77 and 0.79 of cuDNN's speed. What was tried and lost:
+# one program of eight warps (0.37 ms), and issuing a tile's second product one turn late, in the shadow of the next
 # softmax, as FlashAttention-3 does (0.39 ms: it costs the registers of the second program).
 
 # %%
@@ -492,7 +492,7 @@ def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, wind
     else:
         table = SETTINGS if capability in (90, 100) else SMALL
         sizes = (table.get(f"{kernel} windowed", {}) if windowed else {}).get(D) or table[kernel][D]
-        if capability == 100 and (kernel, D) == ("forward", 128):  # accumulators lie elsewhere there, and four warps spill
+        if capability == 100 and (kernel, D) == ("forward", 128):  # accumulators lie elsewhere: four warps spill
             sizes = (128, 64, 8, 2)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
@@ -753,7 +753,8 @@ if triton_here:
     for window in (None, 40):
         result, expected = flash_attention(q, k, v, window)[0], reference_attention(q, k, v, window)
         do = torch.randn_like(result)
-        for got, wanted in zip(torch.autograd.grad(result, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
+        for got, wanted in zip(torch.autograd.grad(result, (q, k, v), do),
+                               torch.autograd.grad(expected, (q, k, v), do)):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]

@@ -28,7 +28,7 @@ def hide(values, rows, keys, window, hidden):
 
 @triton.jit
 def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), and what the past is rescaled by."""
+    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), the factor that rescales the past."""
     if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
         rows, keys = start + tl.arange(0, BLOCK_M), key + tl.arange(0, BLOCK_N)
         scores = hide(scores, rows[:, None], keys[None, :], window, float("-inf"))
@@ -83,7 +83,7 @@ def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, wind
     else:
         table = SETTINGS if capability in (90, 100) else SMALL
         sizes = (table.get(f"{kernel} windowed", {}) if windowed else {}).get(D) or table[kernel][D]
-        if capability == 100 and (kernel, D) == ("forward", 128):  # accumulators lie elsewhere there, and four warps spill
+        if capability == 100 and (kernel, D) == ("forward", 128):  # accumulators lie elsewhere: four warps spill
             sizes = (128, 64, 8, 2)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
