@@ -15,8 +15,9 @@ HERE = Path(__file__).parent
 
 def run_cases(interpret):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "flash_cases.py"]
-    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=HERE, env=env, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

@@ -28,7 +28,7 @@ def hide(values, rows, keys, window, hidden):
 
 @triton.jit
 def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), the factor that rescales the past."""
+    """Weights (M, N) of the tile at (start, key), new running sum and maximum (M,), the past's rescaling."""
     if (key + BLOCK_N - 1 > start) | (key < start + BLOCK_M - 1 - window):
         rows, keys = start + tl.arange(0, BLOCK_M), key + tl.arange(0, BLOCK_N)
         scores = hide(scores, rows[:, None], keys[None, :], window, float("-inf"))
