@@ -125,7 +125,7 @@ def survivors():
 @pytest.fixture(scope="module")
 def fences():
     """What this kernel allows: () is everything."""
-    outcome = run("")
+    outcome = run("", 30)
     assert outcome.passed, outcome
     return outcome.open
 
@@ -140,9 +140,10 @@ def port():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs(name, fences, port, tmp_path):
     if fences:  # a kernel without namespaces: the outcome says so, and this is no place for such a program
-        assert set(fences) <= {"files", "network", "processes"} and run("").why
+        assert set(fences) <= {"files", "network", "processes"} and run("", 30).why
         return
     program, timeout, reason = HOSTILE[name]
+    timeout = timeout if reason == "timeout" else 30  # on a busy machine even a start takes a while
     canary = tmp_path / "canary"
     canary.write_text("alive")
     begin = time.monotonic()
@@ -152,7 +153,7 @@ def test_hostile_programs(name, fences, port, tmp_path):
         assert outcome.passed, outcome
     elif name != "kills all and its parent":
         assert not outcome.passed
-    assert time.monotonic() - begin < timeout + 8 and len(outcome.output) <= 10_000
+    assert time.monotonic() - begin < timeout + 30 and len(outcome.output) <= 10_000
     assert canary.read_text() == "alive" and os.path.exists("/etc/passwd")
     assert survivors() == []
 
@@ -160,14 +161,14 @@ def test_hostile_programs(name, fences, port, tmp_path):
 @pytest.mark.parametrize("namespaces", [True, False])
 def test_honest_programs_pass(namespaces):
     program = "import math, re, dataclasses\nopen('notes', 'w').write('x')\nprint(math.pi)\nassert open('notes').read() == 'x'"
-    outcome = run(program, namespaces=namespaces)
+    outcome = run(program, 30, namespaces=namespaces)
     assert outcome.passed and outcome.output.startswith("3.14")
-    assert run_program("assert 1 == 2, 'one is not two'") == "AssertionError: one is not two"
-    assert run_program("x = " + repr("y" * 200_000)) == ""
+    assert run_program("assert 1 == 2, 'one is not two'", 30) == "AssertionError: one is not two"
+    assert run_program("x = " + repr("y" * 200_000), 30) == ""
 
 
 def test_missing_fences_are_named():
-    outcome = run("assert True", namespaces=False)
+    outcome = run("assert True", 30, namespaces=False)
     assert outcome.open == ("files", "network", "processes") and outcome.why == "not asked for"
 
 
@@ -176,7 +177,7 @@ def test_missing_fences_are_named():
     ("import os\nos._exit(0)", 3, "ended early, exit 0"), ("open('big', 'wb').write(bytes(2**28))", 3, "File too large"),
 ])
 def test_limits_hold_without_namespaces(program, timeout, reason):
-    outcome = run(program, timeout, namespaces=False)
+    outcome = run(program, timeout if reason == "timeout" else 30, namespaces=False)
     assert reason in outcome.reason and outcome.passed == (not reason)
     assert survivors() == []
 
@@ -187,7 +188,7 @@ def test_users_without_rights_have_the_same_fences(tmp_path):
         return
     status = open(tmp_path / "status", "w+b")
     code = "import sys\nexec(compile(sys.argv[1], 'fence', 'exec'), globals())\nmain()"
-    settings = dict(memory=512, seconds=2, processes=16, namespaces=True, reachable=True, others=0)
+    settings = dict(memory=512, seconds=9, processes=16, namespaces=True, reachable=True, others=0)
     program = "import os\nassert os.getuid() == 1000 and not os.path.exists('/etc')"
     done = subprocess.run(["/usr/bin/python3", "-I", "-S", "-c", code, open(FENCE).read(), str(status.fileno())], cwd="/",
                           input=json.dumps([program, "proof", settings]), text=True, pass_fds=(status.fileno(),),

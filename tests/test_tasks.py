@@ -273,15 +273,15 @@ def test_unknown_names_and_classes_of_ones_own():
 ])
 def test_programs_run_within_limits(program, reason):
     began = time.monotonic()
-    found = run_program(program, timeout=3)
+    found = run_program(program, timeout=3 if reason == "timeout" else 30)
     assert (reason in found) if reason else found == ""
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_children_of_a_program_die_with_it():
     mark = f"mark{time.time_ns()}"
     program = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}'])\n"
-    assert run_program(program) == ""
+    assert run_program(program, 30) == ""
     deadline = time.monotonic() + 5
     while any(mark in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline
