@@ -54,7 +54,7 @@ _ = axes.axis("off")
 # ## The lessons
 #
 # Read them in order: each uses only what came before. A lesson runs from top to bottom in under a minute; the time is
-# for reading, changing cells and running them again. Exercises (`../exercises`) go with lessons 02 to 10.
+# for reading, changing cells and running them again. Exercises (`../exercises`) go with lessons 02 to 10 and 12.
 
 # %%
 import re

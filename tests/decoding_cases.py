@@ -1,4 +1,4 @@
-"""Decoding attention against float64: run by test_decoding.py in a process of its own, on a GPU or interpreted."""
+"""Decoding attention against float64: run by test_kernels.py in a process of its own, on a GPU or interpreted."""
 
 import warnings
 

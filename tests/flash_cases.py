@@ -1,4 +1,4 @@
-"""Flash attention against float64: run by test_flash_attention.py in a process of its own, on a GPU or interpreted."""
+"""Flash attention against float64: run by test_kernels.py in a process of its own, on a GPU or interpreted."""
 
 import warnings
 

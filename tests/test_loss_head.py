@@ -1,9 +1,4 @@
-"""The loss head: all of loss_cases.py on this machine's CPU, the kernel interpreted and on a GPU, and what it holds."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The loss head: all of loss_cases.py on this machine's CPU, and what it holds."""
 
 import pytest
 import torch
@@ -12,27 +7,6 @@ from loss_cases import make
 
 from nanochat_lib import loss as module
 from nanochat_lib.loss import head_loss
-
-HERE = Path(__file__).parent
-
-
-def run_cases(interpret):
-    """Whether a kernel is interpreted is settled when Triton is first imported, hence a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "loss_cases.py"]
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=HERE, env=env, text=True, capture_output=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-def test_kernel_under_the_interpreter():
-    run_cases("1")
-
-
-@pytest.mark.gpu
-def test_kernel_on_a_gpu():
-    run_cases("0")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
