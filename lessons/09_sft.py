@@ -1198,7 +1198,7 @@ WORLD_SHARES = {  # task → (conversations at most, times)
     "multiple_choice": (5000, 2), "letter_counting": (3000, 1), "spelling": (4000, 1), "facts": (2000, 1),
     "world_identity": (1000, 2),
     # with all 5,000 problems SFT alone gets every one right, and reinforcement learning has nothing left to show
-    "word_problems_1": (500, 1), "word_problems_2": (60, 1),
+    "word_problems_1": (500, 1), "word_problems_2": (100, 1),
 }
 
 
