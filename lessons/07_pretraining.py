@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 07 · Pretraining
 #
-# *How does one dial, depth, fix a whole run?* — 40 minutes, about one of them computing.
+# *How does one dial, depth, fix a whole run?* — 50 minutes, about one of them computing.
 
 # %%
 #| default_exp dataloader

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 08 · The engine
 #
-# *How does it answer quickly, and use a calculator?* — 25 minutes, about one of them computing.
+# *How does it answer quickly, and use a calculator?* — 35 minutes, about one of them computing.
 
 # %%
 #| default_exp engine

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 09 · Learning to talk
 #
-# *How does a base model become a chat model?* — 30 minutes, about one of them computing.
+# *How does a base model become a chat model?* — 35 minutes, about one of them computing.
 #
 # A base model continues documents. Asked a question it may well add another question, for that is what documents do.
 # Supervised fine-tuning (SFT) goes on training it, on conversations, and only on the words of the assistant.
