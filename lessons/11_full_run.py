@@ -111,7 +111,7 @@ PRESETS = {
         tokenizer=dict(vocab_size=1024),
         base={**LAPTOP_MODEL, "num_iterations": 720, "eval_every": 120, "eval_tokens": 65536, "save_every": 120},
         sft=dict(num_iterations=250, init_lr_frac=0.3, eval_every=125, chatcore_every=-1),
-        rl=dict(num_iterations=80, init_lr_frac=0.1, kl=0.03, max_new_tokens=96, eval_every=-1),  # kl: facts are kept
+        rl=dict(num_iterations=85, init_lr_frac=0.1, kl=0.05, max_new_tokens=96, eval_every=-1),  # kl: facts are kept
         evaluation=dict(max_problems=200, max_new_tokens=96),
     ),
     "gpu": Preset(
