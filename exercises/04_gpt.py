@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 04 · Exercises: GPT
 #
-# Three formulas of the model to rebuild, one of them with its gradient, and one question to answer by counting. The
+# Four formulas to rebuild, one of them with its gradient, and one question to answer by counting. The
 # lesson is [04 · GPT](../lessons/04_gpt.ipynb).
 
 # %%
@@ -111,3 +111,21 @@ answer = None  # dict(crossing=…, growth=…)
 
 # %%
 check.parameters_by_depth(answer)
+
+# %% [markdown]
+# ## 5 · Into eight bits
+#
+# difficulty 2/5 · importance 3/5 · 15 minutes
+#
+# Before a tensor is cast to an 8-bit float it is divided by a scale, one for the whole tensor, so that its largest
+# entry becomes the largest number of the format (`torch.finfo(dtype).max`: 448 for e4m3, 57,344 for e5m2). The scale
+# is a float32 tensor without dimensions; later the product of two such tensors is multiplied by both scales. Two
+# traps: a tensor of zeros has no largest entry to divide by, and rounding may push an entry past the format's end.
+
+# %%
+def to_fp8(x, dtype):
+    """(x / scale as a tensor of the 8-bit dtype, scale); zeros stay zeros, with a finite scale above 0."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.to_fp8(to_fp8)

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 05 · Exercises: the optimizer
 #
-# Three functions of `nanochat_lib.optim` to rebuild, and one question to answer by measuring. The lesson is [05 · The
-# optimizer](../lessons/05_optimizer.ipynb).
+# Three functions of `nanochat_lib.optim` and `nanochat_lib.muon` to rebuild, and one question to answer by measuring.
+# The lesson is [05 · The optimizer](../lessons/05_optimizer.ipynb).
 
 # %%
 import torch
@@ -53,7 +53,7 @@ check.adamw_step(adamw_step)
 # b·(XXᵀ)X + c·(XXᵀ)²X. The matrices may be tall: form the smaller of XXᵀ and XᵀX, since (XXᵀ)X = X(XᵀX).
 
 # %%
-from nanochat_lib.optim import POLAR_EXPRESS
+from nanochat_lib.muon import POLAR_EXPRESS
 
 
 def polar_express(matrices):

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 06 · Exercises: evaluation
 #
-# Two functions of `nanochat_lib.evaluation` to rebuild, and one question about luck. The lesson is
+# Two functions of `nanochat_lib` to rebuild, and two questions about luck. The lesson is
 # [06 · Evaluation](../lessons/06_evaluation.ipynb).
 
 # %%

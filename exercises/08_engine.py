@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 08 · Exercises: the engine
 #
-# Three functions of the engine to rebuild, and one question to answer by measuring. The lesson is [08 · The
+# Four functions of the engine to rebuild, one to work out, and one question to answer by measuring. The lesson is [08 · The
 # engine](../lessons/08_engine.ipynb).
 
 # %%
@@ -78,7 +78,42 @@ def calculate(expression):
 check.calculate(calculate)
 
 # %% [markdown]
-# ## 4 · What does a batch bring?
+# ## 4 · Attention in two places
+#
+# difficulty 3/5 · importance 4/5 · 20 minutes
+#
+# A row looks back at a beginning it shares and at a part of its own. So that the two can be put together, attention over one place gives
+# two sums: of e^score · value and of e^score. A score is q · k / √D plus the bias of query and key (0: seen, −∞: hidden). Sums over two
+# places add up, and their quotient is attention over both. Do not take off a maximum: queries and keys are normed, so scores are
+# small, and two places with different maxima would not add up.
+
+# %%
+def look_back(q, k, v, bias):
+    """q (N, n, D), k and v (N, S, D), bias (N, n, S) → sums (N, n, D) and weights (N, n, 1)."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.look_back(look_back)
+
+# %% [markdown]
+# ## 5 · Rows that come and go
+#
+# difficulty 2/5 · importance 4/5 · 15 minutes
+#
+# `budgets` are the tokens that requests want, in order of arrival; a batch has `rows` rows, and each running row gets one token a step. A row
+# that is finished is given at once to the next in line. How many steps does it take until all are finished? Compare with waves that wait for
+# their slowest: `sum(max(budgets[i:i + rows]) for i in range(0, len(budgets), rows))`.
+
+# %%
+def continuous_steps(budgets, rows):
+    """Steps (an int) until all requests are finished; 0 for none."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.continuous_steps(continuous_steps)
+
+# %% [markdown]
+# ## 6 · What does a batch bring?
 #
 # difficulty 1/5 · importance 4/5 · 10 minutes
 #

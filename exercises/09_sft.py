@@ -75,7 +75,24 @@ def choose_letter(logits, lengths, letter_ids):
 check.choose_letter(choose_letter)
 
 # %% [markdown]
-# ## 4 · What padding costs
+# ## 4 · Packing
+#
+# difficulty 3/5 · importance 4/5 · 20 minutes
+#
+# Conversations of known lengths are to fill rows of `capacity` tokens. At most `waiting` of them wait at a time, taken
+# in order; as soon as one has been placed the next one joins. Into the present row goes the longest waiting one that
+# still fits, of equals the one that came first; when none fits, a new row begins. No length is above `capacity`.
+
+# %%
+def pack(lengths, capacity, waiting):
+    """A list of ints → rows, each a list of the places (0, 1, …) of its conversations in the order they were put in."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.pack(pack)
+
+# %% [markdown]
+# ## 5 · What padding costs
 #
 # difficulty 2/5 · importance 3/5 · 15 minutes
 #

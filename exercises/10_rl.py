@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 10 · Exercises: reinforcement learning
 #
-# Three functions to rebuild, two of `nanochat_lib.rl` and one of `nanochat_lib.tasks.evaluate`, and one question to
-# answer by measuring. The lesson is [10 · Reinforcement learning](../lessons/10_rl.ipynb).
+# Three functions to rebuild, two of `nanochat_lib.objectives` and one of `nanochat_lib.tasks.evaluate`, a reward of your
+# own, and one question to answer by measuring. The lesson is [10 · Reinforcement learning](../lessons/10_rl.ipynb).
 
 # %%
 import torch
@@ -73,7 +73,25 @@ def pass_at_k(samples, right, k):
 check.pass_at_k(pass_at_k)
 
 # %% [markdown]
-# ## 4 · Explore: the best constant baseline
+# ## 4 · A reward of one's own
+#
+# difficulty 3/5 · importance 5/5 · 20 minutes
+#
+# Write the rule that pays for an answer to a word problem, so that there is no cheap way to be paid. 1 for a right
+# answer: it ends in `#### ` and the right number, after some words of work, and names no other final number. 0.1 for one
+# of that form with a wrong number, so that a beginner has something to climb. 0 for everything else. The check plays the
+# model: it tries what models have tried.
+
+# %%
+def careful_reward(answer, right):
+    """What the text `answer` earns when `right` (a string of digits) is the number asked for: 1.0, 0.1 or 0.0."""
+    raise NotImplementedError  # your code here
+
+# %%
+check.careful_reward(careful_reward)
+
+# %% [markdown]
+# ## 5 · Explore: the best constant baseline
 #
 # difficulty 3/5 · importance 3/5 · 20 minutes
 #

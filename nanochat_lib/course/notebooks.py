@@ -51,7 +51,8 @@ def execute(notebook: NotebookNode, folder: Path, name: str) -> None:
     """Run all cells in place in a fresh kernel. Raises CourseError with the cell and its traceback."""
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # or a frozen-modules warning lands in the outputs
     client = NotebookClient(notebook, timeout=SECONDS_PER_CELL, kernel_name="python3", record_timing=False,
-                            store_widget_state=False, resources={"metadata": {"path": str(folder)}})
+                            store_widget_state=True,  # Output widgets look for it; write_notebook leaves it out
+                            resources={"metadata": {"path": str(folder)}})
     try:
         client.execute()
     except CellExecutionError as error:
