@@ -866,10 +866,10 @@ for one in range(len(maps)):
             print(f"without layer {one}, head {other}: {sureness():.2f}")
 
 # %% [markdown]
-# In our run of the `laptop` preset one head does the copying, and without it the probability of the numbers falls
-# from 0.99 to 0.01; the tour's model has not learned to copy yet. Heads that find what came before are among the
-# first things that attention learns, and much of what looks like reasoning stands on them (Olsson et al., *In-context
-# Learning and Induction Heads*, 2022).
+# Two heads of the last layer share the copying in this run of the `laptop` preset; in another, one head did it alone
+# and without it the numbers' probability fell to 0.01. (The tour's model has not learned to copy yet.) Heads that find
+# what came before are among the first things that attention learns, and much of what looks like reasoning stands on
+# them (Olsson et al., *In-context Learning and Induction Heads*, 2022).
 
 # %% [markdown]
 # ## The terminal
