@@ -2568,9 +2568,9 @@ def base_eval(settings: BaseEval) -> None:
 #
 # | measured | ours against plain |
 # |---|---|
-# | CPU, depth 4, vocabulary 32,768: tokens a second of one core | 3.0 × (1.8 × in float32) |
+# | CPU, depth 4, vocabulary 32,768: tokens a second of one core | 3.0 × (1.8 × in float32); of two cores 2.7 × |
 # | the same: peak memory | 0.35 × |
-# | the same: the optimizer's part of a step | 6 % |
+# | the same: the optimizer's part of a step | 6 to 6.5 % |
 # | rows packed a second, against a linear search | 14 × |
 # | saving: training stands still for | 3 % of its time |
 # | CORE with ten examples: questions a second, against one by one | 18 × |
