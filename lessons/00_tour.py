@@ -89,8 +89,7 @@ Markdown("\n".join(["| lesson | the question it answers | minutes |", "|---|---|
 #| export
 """What every stage shares: where files live, which device computes, how to fail, save, measure and report."""
 
-# %%
-#| export
+
 import contextlib
 import errno
 import json

@@ -39,8 +39,7 @@
 Everything is drawn from one seed by `Dice`, which uses only `random.Random(int).random()`: Python promises that
 stream for all versions, and no set is ever iterated, so a seed gives the same world on any machine."""
 
-# %%
-#| export world_facts
+
 import random
 from typing import NamedTuple
 
@@ -322,8 +321,7 @@ print("Ada:", ", ".join(f"{attribute} {value}" for attribute, value in someone.f
 #| export world_forms
 """How facts are worded: for each attribute the sentences that state it, in both directions, and ask for it."""
 
-# %%
-#| export world_forms
+
 from typing import NamedTuple
 
 from nanochat_lib.world_facts import World, role
@@ -472,8 +470,7 @@ print(question(town, "Ada", "trade", 0))
 #| export world_problems
 """Word problems of one and two steps in GSM8K's form, letters counted one by one, and quizzes with letters."""
 
-# %%
-#| export world_problems
+
 import functools
 import re
 from typing import NamedTuple
@@ -652,8 +649,7 @@ print("letters of banana, counting a:", count_letter("banana", "a"))
 #| export world_text
 """The documents of the world: portraits, letters, diaries, registers, sums, spellings, quizzes and more."""
 
-# %%
-#| export world_text
+
 import functools
 import re
 from collections.abc import Iterator
@@ -1034,8 +1030,7 @@ axes.tick_params(labelsize=7)
 #| export world_tasks
 """Held-out questions: a bundle in CORE's layout for the base model, and tasks for chat."""
 
-# %%
-#| export world_tasks
+
 import csv
 import json
 from pathlib import Path
@@ -1305,11 +1300,10 @@ assert share["knows the facts"] == 1
 
 # %%
 #| export
+#| cli world
 """The embedded world as files: text shards, an evaluation bundle, chat tasks. `python -m nanochat_lib.world`."""
 
-# %%
-#| export
-#| cli world
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1386,8 +1380,7 @@ for path in sorted(folder.rglob("*")):
 
 `python -m nanochat_lib.dataset -n 170` fetches shards of the real corpus, ClimbMix (arXiv 2504.13161)."""
 
-# %%
-#| export dataset
+
 import os
 import time
 import urllib.error

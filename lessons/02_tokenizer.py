@@ -25,8 +25,7 @@
 #| export
 """Text to token ids and back: byte-level BPE, trained by rustbpe, used through tiktoken; and a chat as one document."""
 
-# %%
-#| export
+
 import hashlib
 import json
 import pickle
@@ -87,8 +86,7 @@ print(regex.findall(SPLIT_PATTERN, "It's 1234567 steps,\n\nor  so: we'll see!"))
 #| export bpe
 """Byte pair encoding in plain Python, to read and to test by: the merges of rustbpe, the ids of tiktoken."""
 
-# %%
-#| export bpe
+
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -573,8 +571,7 @@ assert ids[:answer + 1] == tokenizer.render_for_completion(conversation)
 #| export scripts/tok_train
 """Train the tokenizer on text shards and keep it: `python -m nanochat_lib.scripts.tok_train`."""
 
-# %%
-#| export scripts/tok_train
+
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -653,8 +650,7 @@ def tok_train(settings: TokTrain) -> None:
 #| export scripts/tok_eval
 """How well the tokenizer packs text, beside GPT-2's and GPT-4's: `python -m nanochat_lib.scripts.tok_eval`."""
 
-# %%
-#| export scripts/tok_eval
+
 import hashlib
 import os
 import tempfile

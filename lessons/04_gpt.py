@@ -24,10 +24,6 @@
 #| default_exp gpt
 
 # %%
-#| export
-"""The model: a transformer with rotary positions, windows, value embeddings, smear and backout."""
-
-# %%
 import matplotlib.pyplot as plt
 
 # %% [markdown]
@@ -42,8 +38,7 @@ import matplotlib.pyplot as plt
 #| export fused
 """Formulas that are all memory traffic, with gradients by hand: norm, relu squared; and the softcap."""
 
-# %%
-#| export fused
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -147,6 +142,9 @@ _ = ax.set(xlabel="logit", ylabel="softcapped logit", ylim=(-20, 20))
 
 # %%
 #| export
+"""The model: a transformer with rotary positions, windows, value embeddings, smear and backout."""
+
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -244,8 +242,7 @@ for wrong in (dict(window_pattern="SX"), dict(n_kv_head=4), dict(n_embd=700)):
 #| export layers
 """The small parts of the model: rotary positions, matrices without bias, smear."""
 
-# %%
-#| export layers
+
 from typing import Any
 
 import torch
@@ -754,8 +751,7 @@ except NanochatError as error:
 #| export fp8
 """Matrix products in 8-bit floats, forward and backward, one scale a tensor (arXiv 2209.05433)."""
 
-# %%
-#| export fp8
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function

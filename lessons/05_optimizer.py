@@ -27,8 +27,7 @@
 #| export
 """AdamW for tables and scalars, Muon for the matrices of the blocks; on one process, or sharded over many."""
 
-# %%
-#| export
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -26,8 +26,7 @@
 #| export
 """How good a base model is: bits per byte, and CORE (DCLM, arXiv 2406.11794) in batches and over several processes."""
 
-# %%
-#| export
+
 import csv
 import fcntl
 import json
@@ -371,8 +370,7 @@ for label in ("world_kin_mc", "world_schema", "world_sums_lm"):
 #| export scoring
 """How likely does a model find parts of texts? Many questions at once, what their rows share computed once."""
 
-# %%
-#| export scoring
+
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

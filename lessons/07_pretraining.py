@@ -22,8 +22,7 @@
 #| export
 """Text to training batches: documents packed best-fit into rows, without padding, resumable to the exact document."""
 
-# %%
-#| export
+
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Sequence
@@ -392,8 +391,7 @@ print(f"{len(loader.buffer)} documents wait; next comes epoch, row group, docume
 #| export scaling
 """The depth dial: one number fixes model, data, batch, steps and rates; and the schedules along a run."""
 
-# %%
-#| export scaling
+
 import math
 from dataclasses import dataclass
 
@@ -544,8 +542,7 @@ for ax, (name, values) in zip(axes, curves.items()):
 #| export budget
 """What a run takes: memory of each GPU, hours, dollars."""
 
-# %%
-#| export budget
+
 import math
 from dataclasses import dataclass
 
@@ -760,8 +757,7 @@ assert max(learning_rate_multiplier(step, 60, warmup_of(60)) for step in range(6
 #| export checkpoint
 """Checkpoints that are whole or not there: weights, optimizer state, and last the metadata that makes them count."""
 
-# %%
-#| export checkpoint
+
 import contextlib
 import errno
 import hashlib
@@ -1117,8 +1113,7 @@ except NanochatError as error:
 #| export saver
 """Saving in the background: the state is copied while gradients are computed, and written while training goes on."""
 
-# %%
-#| export saver
+
 import contextlib
 import time
 from collections.abc import Iterator
@@ -1299,8 +1294,7 @@ assert checkpoint.steps_in(folder) == [40, 50]
 #| export nanochat_files
 """nanochat's own checkpoint files, read without running what is in them: weights, all ranks' optimizer state, metadata."""
 
-# %%
-#| export nanochat_files
+
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -1435,11 +1429,10 @@ def read_checkpoint(directory: Path, step: int) -> tuple[dict, dict | None, dict
 
 # %%
 #| export scripts/import_checkpoint
+#| cli import_checkpoint
 """Import: a checkpoint of nanochat and its tokenizer become ours. The source is only read."""
 
-# %%
-#| export scripts/import_checkpoint
-#| cli import_checkpoint
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1511,8 +1504,7 @@ def import_checkpoint(settings: ImportCheckpoint) -> None:
 #| export training
 """What all training loops share: micro-batches, rates, float16 scaling, compiling, and a loss that is no number."""
 
-# %%
-#| export training
+
 import json
 import math
 import os
@@ -1714,8 +1706,7 @@ def trim_metrics(path: Path, step: int) -> None:
 #| export pretraining
 """A pretraining run at some step: model, optimizer, loader and the loop's state, all of which a checkpoint keeps."""
 
-# %%
-#| export pretraining
+
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -1980,8 +1971,7 @@ class Run:
 #| export checkup
 """How a run is doing while it trains: bits per byte, CORE, samples. What cannot be evaluated does not stop it."""
 
-# %%
-#| export checkup
+
 import time
 from collections.abc import Iterator
 
@@ -2103,11 +2093,10 @@ class Checkup:
 
 # %%
 #| export scripts/base_train
+#| cli base_train
 """Pretraining: the whole recipe follows from --depth. Alone, or under torchrun on any number of processes."""
 
-# %%
-#| export scripts/base_train
-#| cli base_train
+
 from nanochat_lib.budget import describe_budget
 from nanochat_lib.checkup import Checkup
 from nanochat_lib.common import NanochatError, print0, run_cli, start
@@ -2228,8 +2217,7 @@ assert curve[-1][1] < 0.8 * curve[0][1]
 #| export study
 """A scaling study (the second of arXiv 2203.15556): models of several depths trained on several budgets of FLOPs."""
 
-# %%
-#| export study
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -2326,11 +2314,10 @@ def exponent(optima: list[Optimum], of: Callable[[Optimum], float]) -> float:
 
 # %%
 #| export scripts/scaling_study
+#| cli scaling_study
 """The scaling study as a command: a table, a figure, the exponents. About six minutes on one core."""
 
-# %%
-#| export scripts/scaling_study
-#| cli scaling_study
+
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -2473,8 +2460,7 @@ except NanochatError as error:
 #| export scripts/base_eval
 """Evaluation of a base model: CORE, bits per byte of both splits, samples. Alone or under torchrun."""
 
-# %%
-#| export scripts/base_eval
+
 from dataclasses import dataclass
 
 from nanochat_lib.checkpoint import load_model, write_result
@@ -2583,8 +2569,7 @@ def base_eval(settings: BaseEval) -> None:
 #| export plain
 """The model of lesson 04 in plain eager PyTorch, float32: what the speed and memory of ours are measured against."""
 
-# %%
-#| export plain
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -2645,8 +2630,7 @@ assert abs(plain_loss(small, ids[:, :-1], ids[:, 1:]).item() - small(ids[:, :-1]
     python -m nanochat_lib.scripts.train_bench --parts step,loader --compile
 """
 
-# %%
-#| export scripts/train_bench
+
 import json
 import random
 import statistics

@@ -35,8 +35,7 @@
 #| export
 """What a task is: conversations to learn from, and how an answer is judged; tasks put together; rows from files."""
 
-# %%
-#| export
+
 import copy
 import json
 import random
@@ -315,8 +314,7 @@ print(quiz["messages"][0]["content"])
 #| export tasks/gsm8k
 """Word problems worked out with calculator calls, answer after `#### `: GSM8K (Cobbe et al., arXiv 2110.14168)."""
 
-# %%
-#| export tasks/gsm8k
+
 import re
 
 from nanochat_lib.tasks.common import Task, conversation_of, load_rows
@@ -375,8 +373,7 @@ assert final_number("so #### 1,200 pence") == 1200
 #| export tasks/mmlu
 """MMLU: multiple choice in 57 subjects (Hendrycks et al., arXiv 2009.03300)."""
 
-# %%
-#| export tasks/mmlu
+
 from nanochat_lib.tasks.common import ChoiceTask, load_rows, multiple_choice
 
 LETTERS = "ABCD"
@@ -396,8 +393,7 @@ class MMLU(ChoiceTask):
 #| export tasks/arc
 """ARC: science questions from school, easy and challenging (Clark et al., arXiv 1803.05457)."""
 
-# %%
-#| export tasks/arc
+
 from nanochat_lib.tasks.common import ChoiceTask, load_rows, multiple_choice
 
 
@@ -415,8 +411,7 @@ class ARC(ChoiceTask):
 #| export tasks/smoltalk
 """SmolTalk: conversations of all kinds, the bulk of what a chat model learns from (arXiv 2502.02737)."""
 
-# %%
-#| export tasks/smoltalk
+
 from nanochat_lib.tasks.common import Task, load_rows
 
 
@@ -433,8 +428,7 @@ class SmolTalk(Task):
 #| export tasks/customjson
 """Conversations of one's own from a JSON-lines file, every one checked before training."""
 
-# %%
-#| export tasks/customjson
+
 from pathlib import Path
 
 from nanochat_lib.common import NanochatError
@@ -467,8 +461,7 @@ class CustomJSON(Task):
 #| export tasks/spellingbee
 """Spelling words and counting their letters: easy for people, hard for a model that sees tokens."""
 
-# %%
-#| export tasks/spellingbee
+
 import itertools
 import random
 import re
@@ -955,8 +948,7 @@ print("fences missing on this machine:", ", ".join(run("").open) or "none")
 #| export tasks/humaneval
 """HumanEval: write a Python function that passes its tests (Chen et al., arXiv 2107.03374)."""
 
-# %%
-#| export tasks/humaneval
+
 import re
 
 from nanochat_lib.tasks.common import Task, conversation_of, load_rows
@@ -1001,8 +993,7 @@ class HumanEval(Task):
 #| export tasks/world
 """The embedded world's chat tasks: quizzes, word problems, letters, facts told in conversation, an identity."""
 
-# %%
-#| export tasks/world
+
 import functools
 import random
 import re
@@ -1117,8 +1108,7 @@ for name in WORLD_TESTS:
 #| export tasks/registry
 """Tasks by name, what SFT trains on, and what a chat model is graded on."""
 
-# %%
-#| export tasks/registry
+
 import importlib
 from collections.abc import Callable
 
@@ -1236,8 +1226,7 @@ def validation_mixture(name: str = "default", data: str = "") -> TaskMixture:
 #| export tasks/__init__
 """Everything a chat model learns from and is graded on."""
 
-# %%
-#| export tasks/__init__
+
 from nanochat_lib.tasks.common import Task, TaskMixture, TaskSequence
 from nanochat_lib.tasks.registry import evaluation_tasks, get_task, mixture, validation_mixture
 
@@ -1292,8 +1281,7 @@ coloured(tokenizer, *tokenizer.render_conversation(example))
 #| export tasks/packing
 """Batches of conversations: packed best-fit, padded, only the assistant's tokens as targets."""
 
-# %%
-#| export tasks/packing
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -1454,8 +1442,7 @@ def one_pass(loader: ConversationLoader) -> Iterator[tuple[torch.Tensor, torch.T
 #| export tasks/evaluate
 """Grades a chat model: letters by their logits, answers by generation, questions shared by all ranks."""
 
-# %%
-#| export tasks/evaluate
+
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -1716,8 +1703,7 @@ _ = axes[0].invert_yaxis()
 #| export scripts/chat_eval
 """Grades a chat model task by task; every answer is kept for reading."""
 
-# %%
-#| export scripts/chat_eval
+
 import csv
 import json
 import time
@@ -1831,8 +1817,7 @@ def chat_eval(settings: ChatEval) -> None:
 #| export scripts/chat_sft
 """Supervised fine-tuning: goes on training the base model, on conversations, and only on the assistant's words."""
 
-# %%
-#| export scripts/chat_sft
+
 import math
 import time
 from collections.abc import Iterator

@@ -27,8 +27,7 @@
 #| export
 """What reinforcement learning minimizes: each algorithm a function of log-probabilities, rewards and a mask."""
 
-# %%
-#| export
+
 from dataclasses import dataclass
 
 import torch
@@ -259,8 +258,7 @@ _ = right.legend(fontsize=8)
 #| export rewards
 """What reinforcement learning pays for an answer: right, well-formed, short, by the tool; a sum with weights."""
 
-# %%
-#| export rewards
+
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -366,8 +364,7 @@ for text, stop in (("They cost 6.\n#### 6", 1), ("#### 7", 1), ("They cost 6 pen
 #| export rl
 """Reinforcement learning from right and wrong: sampled answers, their rewards, and the gradient made of them."""
 
-# %%
-#| export rl
+
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -863,8 +860,7 @@ assert right["format + length"][-1] < 0.5 < right["answer"][-1]
 #| export practice
 """What a run of reinforcement learning is made of: its settings, the policy that practises, the journal of it."""
 
-# %%
-#| export practice
+
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -1090,8 +1086,7 @@ class Journal:
 #| export scripts/chat_rl
 """Reinforcement learning of a chat model: try answers, reward the right ones. Alone, or under torchrun."""
 
-# %%
-#| export scripts/chat_rl
+
 import time
 from dataclasses import asdict
 
@@ -1237,8 +1232,7 @@ def chat_rl(settings: ChatRL) -> None:
     python -m nanochat_lib.scripts.chat_bench --source sft     # a trained model
 """
 
-# %%
-#| export scripts/chat_bench
+
 import random
 import statistics
 import time

@@ -23,8 +23,7 @@
 #| export
 """The whole path as one command: every stage a process of its own, resumable, with a report at the end."""
 
-# %%
-#| export
+
 import contextlib
 import fcntl
 import hashlib
@@ -386,8 +385,7 @@ def pipeline(settings: Pipeline) -> None:
 #| export report
 """Gathers what the stages measured into report.json and report.md, with plots."""
 
-# %%
-#| export report
+
 from pathlib import Path
 from typing import Any
 
@@ -532,8 +530,7 @@ Image(picture.getvalue())
 #| export launch
 """The pipeline's launch widget: start, stop, stages done, and the loss as it falls."""
 
-# %%
-#| export launch
+
 import io
 import json
 import os

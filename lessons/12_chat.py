@@ -27,8 +27,7 @@
 #| export
 """Talking to a model: `Answer` streams what it says, `ChatSession` keeps the conversation."""
 
-# %%
-#| export
+
 import contextlib
 import random
 import threading
@@ -338,8 +337,7 @@ class ChatSession:
 #| export transcript
 """A conversation as a file: JSON lines that `chat_sft --data` reads, Markdown for people."""
 
-# %%
-#| export transcript
+
 import json
 import re
 import time
@@ -443,8 +441,7 @@ reader.parts
 #| export inside
 """Looking inside a model: how likely each token of a text was to it, and which earlier tokens its heads look at."""
 
-# %%
-#| export inside
+
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -510,8 +507,7 @@ _ = figure.colorbar(image, label="probability")
 #| export chat_html
 """A conversation as HTML for the notebook: everything said is escaped; on demand tokens are coloured by probability."""
 
-# %%
-#| export chat_html
+
 import html
 
 from nanochat_lib.chat import Answer
@@ -604,8 +600,7 @@ def token_bubble(answer: Answer, looks: list[Look]) -> str:
 #| export chat_box
 """The chat in a notebook: `ChatBox` shows a `ChatSession`, and works in a thread so that stop is heard."""
 
-# %%
-#| export chat_box
+
 import html
 import threading
 import time
@@ -881,8 +876,7 @@ for one in range(len(maps)):
 #| export scripts/chat_cli
 """Chat with a model in the terminal."""
 
-# %%
-#| export scripts/chat_cli
+
 import contextlib
 import signal
 from collections.abc import Iterator
@@ -1006,8 +1000,7 @@ def chat_cli(settings: ChatCli) -> None:
 #| export serving
 """Model replicas that answer many talkers at once: one line of questions, a running batch for each replica."""
 
-# %%
-#| export serving
+
 import threading
 import time
 from collections import deque
@@ -1151,8 +1144,7 @@ class Pool:
 #| export protocol
 """OpenAI's chat-completions format: requests read and checked, replies written, whole or as a stream."""
 
-# %%
-#| export protocol
+
 import asyncio
 import contextlib
 import json
@@ -1404,8 +1396,7 @@ def event_line(value: dict) -> str:
 #| export scripts/chat_web
 """Serve a model: one web page to chat on, and OpenAI's chat-completions API for any client."""
 
-# %%
-#| export scripts/chat_web
+
 import asyncio
 import hmac
 import json
@@ -1648,8 +1639,7 @@ for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "
 #| export load
 """Clients that try a chat server: many at once, half of them malformed, some vanishing; every answer is checked."""
 
-# %%
-#| export load
+
 import asyncio
 import contextlib
 import json
@@ -1815,8 +1805,7 @@ class Load:
     python -m nanochat_lib.scripts.chat_load --address 127.0.0.1:8000            # a server that is running
 """
 
-# %%
-#| export scripts/chat_load
+
 import asyncio
 import json
 import random

@@ -1,8 +1,10 @@
 """The course's tools: what is generated follows its source, and every way to break that is told with its mending command."""
 
+import ast
 import json
 from types import SimpleNamespace
 
+import jupytext
 import pytest
 
 from nanochat_lib.course import check as course_check
@@ -230,6 +232,15 @@ def test_a_lesson_gets_a_model_where_only_one_set_aside_is(base_dir, monkeypatch
     monkeypatch.setattr(models, "find_checkpoint", lambda stage: ("d4", 1))
     models.ready("base")
     assert len(runs) == 1
+
+
+def test_no_cell_prints_its_docstring():
+    """A cell that ends in a bare string shows it as output: a module's docstring stands on top of its imports."""
+    for lesson in sorted((course_check.ROOT / "lessons").glob("*.py")):
+        for cell in jupytext.read(lesson).cells:
+            body = ast.parse(cell.source).body if cell.cell_type == "code" else []
+            ends = body and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, ast.Constant)
+            assert not ends, f"{lesson.name}: {cell.source}"
 
 
 def test_shipped_course_agrees():
