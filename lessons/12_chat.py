@@ -1294,7 +1294,10 @@ def read_request(body: dict, model: ChatModel, defaults: Sampling) -> Answer:
 
 
 def logprobs(answer: Answer, start: int, end: int) -> dict:
-    """Log-probabilities of the words among tokens start … end − 1, in OpenAI's terms: {"content": [{token, …}, …]}."""
+    """Log-probabilities of the words among tokens start … end − 1, in OpenAI's terms: {"content": [{token, …}, …]}.
+
+    They are the model's own: of temperature 1, before top-k and top-p, whatever the answer was sampled with.
+    """
     tokenizer = answer.model.tokenizer
 
     def entry(token: int, logprob: float) -> dict:
@@ -1313,19 +1316,22 @@ class Reply:
 
     def __init__(self, answer: Answer, include_usage: bool, with_logprobs: bool = False):
         self.answer, self.include_usage, self.with_logprobs = answer, include_usage, with_logprobs
-        self.told = 0  # tokens whose log-probabilities have been sent
-        self.events: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self.read = self.told = 0  # tokens behind the pieces taken so far; those whose log-probabilities have been sent
+        self.events: asyncio.Queue[tuple[Piece | Exception | None, int]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": answer.model.name}
 
     def deliver(self, event: Piece | Exception | None) -> None:
-        """Called in a replica's thread."""
+        """Called in a replica's thread; notes how many tokens there were, which may be more when the piece is sent."""
         with contextlib.suppress(RuntimeError):  # the server has shut down meanwhile
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (event, self.answer.tokens))
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces as they come; an error of the replica is an ApiError here, and no business of the client."""
-        while (event := await self.events.get()) is not None:
+        while True:
+            event, self.read = await self.events.get()
+            if event is None:
+                return
             if isinstance(event, Exception):
                 raise ApiError(500, f"the model failed: {type(event).__name__}")
             yield event
@@ -1360,10 +1366,10 @@ class Reply:
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage}
 
     def news(self) -> dict | None:
-        """Log-probabilities of the tokens since the last call, if they are wanted."""
+        """Log-probabilities of the tokens since the last call, up to the last piece taken, if they are wanted."""
         if not self.with_logprobs:
             return None
-        start, self.told = self.told, self.answer.tokens
+        start, self.told = self.told, self.read
         return logprobs(self.answer, start, self.told)
 
     def chunk(self, delta: dict, finish_reason: str | None = None) -> str:
@@ -1581,8 +1587,9 @@ def chat_web(settings: ChatWeb) -> None:
 # %% [markdown]
 # `python -m nanochat_lib.scripts.chat_web`, then http://127.0.0.1:8000: the page (`nanochat_lib/chat.html`) is one
 # file that loads nothing from elsewhere. Whatever a model writes is shown as text, never run as markup; of Markdown,
-# code, bold type and headings become elements that the page makes itself. The same address serves programs. Here one
-# asks a server that runs in a thread of this notebook, and reads the answer as it comes:
+# code, bold type and headings become elements that the page makes itself. Under *Settings*, *show probabilities*
+# colours the next answers token by token, as the notebook's box does. The same address serves programs. Here one asks
+# a server that runs in a thread of this notebook, and reads the answer as it comes:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1616,7 +1623,8 @@ with urlopen(web_request) as stream:
 #
 # With OpenAI's own client it is `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. `stop`, `seed`,
 # `top_p`, `logprobs` and their like are heeded; what would be ignored (`n`, `tools`, `response_format`) is refused.
-# And what is wrong with a request is said before any model works on it:
+# (Log-probabilities are the model's own, of temperature 1 before top-k and top-p, whatever the answer was sampled
+# with.) And what is wrong with a request is said before any model works on it:
 
 # %%
 for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "user", "content": "x" * 9000}]):

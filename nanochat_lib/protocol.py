@@ -148,7 +148,10 @@ def read_request(body: dict, model: ChatModel, defaults: Sampling) -> Answer:
 
 
 def logprobs(answer: Answer, start: int, end: int) -> dict:
-    """Log-probabilities of the words among tokens start … end − 1, in OpenAI's terms: {"content": [{token, …}, …]}."""
+    """Log-probabilities of the words among tokens start … end − 1, in OpenAI's terms: {"content": [{token, …}, …]}.
+
+    They are the model's own: of temperature 1, before top-k and top-p, whatever the answer was sampled with.
+    """
     tokenizer = answer.model.tokenizer
 
     def entry(token: int, logprob: float) -> dict:
@@ -166,19 +169,22 @@ class Reply:
 
     def __init__(self, answer: Answer, include_usage: bool, with_logprobs: bool = False):
         self.answer, self.include_usage, self.with_logprobs = answer, include_usage, with_logprobs
-        self.told = 0  # tokens whose log-probabilities have been sent
-        self.events: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self.read = self.told = 0  # tokens behind the pieces taken so far; those whose log-probabilities have been sent
+        self.events: asyncio.Queue[tuple[Piece | Exception | None, int]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": answer.model.name}
 
     def deliver(self, event: Piece | Exception | None) -> None:
-        """Called in a replica's thread."""
+        """Called in a replica's thread; notes how many tokens there were, which may be more when the piece is sent."""
         with contextlib.suppress(RuntimeError):  # the server has shut down meanwhile
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (event, self.answer.tokens))
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces as they come; an error of the replica is an ApiError here, and no business of the client."""
-        while (event := await self.events.get()) is not None:
+        while True:
+            event, self.read = await self.events.get()
+            if event is None:
+                return
             if isinstance(event, Exception):
                 raise ApiError(500, f"the model failed: {type(event).__name__}")
             yield event
@@ -213,10 +219,10 @@ class Reply:
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage}
 
     def news(self) -> dict | None:
-        """Log-probabilities of the tokens since the last call, if they are wanted."""
+        """Log-probabilities of the tokens since the last call, up to the last piece taken, if they are wanted."""
         if not self.with_logprobs:
             return None
-        start, self.told = self.told, self.answer.tokens
+        start, self.told = self.told, self.read
         return logprobs(self.answer, start, self.told)
 
     def chunk(self, delta: dict, finish_reason: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -166,6 +167,76 @@ def test_page_shows_markdown_as_elements_and_everything_else_as_text(server, ope
     kept = json.loads(Path(download.value.path()).read_text())["messages"]
     assert [message["role"] for message in kept] == ["user", "assistant"] * 2
     assert kept[1]["content"] == [{"type": "text", "text": MARKDOWN}], "what was said, not how it is shown"
+
+
+def spoken(response):
+    """The log-probability entries of a streamed response, those of the words."""
+    lines = [line[6:] for line in response.text().split("\n") if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    return [entry for choice in choices for entry in choice["logprobs"]["content"]]
+
+
+def test_page_shows_probabilities_only_when_asked(server, open_page):
+    url, _ = server
+    page = open_page(url)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "hello")
+    answers(page)
+    assert "logprobs" not in json.loads(sent.value.post_data) and not page.query_selector(".token")
+    page.click("#open")
+    page.check("#chances")
+    with page.expect_response("**/v1/chat/completions") as response:
+        say(page, "hello")
+        answers(page)
+    asked, entries = json.loads(response.value.request.post_data), spoken(response.value)
+    assert asked["logprobs"] is True and asked["top_logprobs"] == 5
+    tokens = page.query_selector_all(".token")
+    assert len(tokens) == len(entries) > 10
+    assert page.inner_text(".assistant:last-child > span") == "You said: hello (né 日本)"
+    for token, entry in zip(tokens, entries):
+        shade = token.evaluate("node => getComputedStyle(node).backgroundColor")
+        opacity = float(re.findall(r"[\d.]+", shade)[-1])
+        assert opacity == pytest.approx(0.75 * (1 - math.exp(entry["logprob"])), abs=0.01)
+    assert page.is_hidden("#card")
+    tokens[5].hover()
+    card = page.inner_text("#card")
+    for top in entries[5]["top_logprobs"]:
+        assert f"{100 * math.exp(top['logprob']):.1f}%" in card
+    assert len(page.query_selector_all("#card div")) in (5, 6) and len(page.query_selector_all("#card .said")) == 1
+    page.hover("h1")
+    assert page.is_hidden("#card")
+    tokens[0].click()
+    page.keyboard.press("ArrowRight")
+    assert tokens[1].evaluate("node => node === document.activeElement") and page.is_visible("#card")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#card")
+    page.uncheck("#chances")
+    assert not page.query_selector(".token"), "what was said is shown as before"
+    page.reload()
+    assert not page.is_checked("#chances")
+
+
+def test_page_shows_probabilities_beside_tools_escaped_and_on_a_phone(server, open_page):
+    url, _ = server
+    page = open_page(url, viewport={"width": 375, "height": 667}, has_touch=True, color_scheme="dark")
+    page.click("#open")
+    page.check("#chances")
+    page.click("#open")
+    say(page, "sum")
+    assert answers(page) == ["So 12/43 are 3 pies."] and page.inner_text(".tool.python_output") == "3"
+    assert not page.query_selector(".tool .token"), "what the calculator got and wrote is not coloured"
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "markup")
+        said = answers(page)[1]
+    assert set(json.loads(sent.value.post_data)["messages"][1]["content"][0]) == {"type", "text"}
+    assert "<script>" in said and page.title() == "nanochat" and not page.query_selector("main b, main img, #card b")
+    for token in page.query_selector_all(".assistant:last-child .token")[::7]:
+        token.tap()
+        box = page.query_selector("#card").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 375 and box["y"] >= 0 and box["y"] + box["height"] <= 667
+    page.tap("h1")
+    page.wait_for_selector("#card", state="hidden")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
 def test_page_asks_for_the_key(make_model, tokenizer, open_page):

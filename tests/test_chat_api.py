@@ -11,8 +11,10 @@ import pytest
 import torch
 from scripted import scripted_model, serving, until
 
+from nanochat_lib.batch import Token
 from nanochat_lib.chat import Answer, AnswerReader, ChatModel, Sampling
 from nanochat_lib.engine import Engine
+from nanochat_lib.protocol import Reply
 from nanochat_lib.scripts.chat_web import ChatWeb, chat_web, make_app
 from nanochat_lib.serving import Pool
 
@@ -109,6 +111,53 @@ def test_logprobs_are_the_models_own_whole_and_streamed(plain, tokenizer):
         assert math.isclose(entry["logprob"], logits[place - 1, token.id], abs_tol=2e-3)
         best = logits[place - 1].topk(3).values.tolist()
         assert [round(top["logprob"] - expected, 2) for top, expected in zip(entry["top_logprobs"], best)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client_reads_log_probabilities_of_temperature_one(plain, tokenizer, stream):
+    """Whatever the answer is sampled with, they are those of a forward pass; a chunk has those of its own text."""
+    request = dict(model="", messages=[{"role": "user", "content": "hello"}], seed=5, max_tokens=24, temperature=0.4,
+                   top_p=0.9, logprobs=True, top_logprobs=5, stream=stream)
+    with serving(plain) as (url, _):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        reply = client.chat.completions.create(**request)
+        choices = [chunk.choices[0] for chunk in reply] if stream else reply.choices
+    answer = Answer(plain, request["messages"], Sampling(0.4, max_tokens=24, seed=5, top_p=0.9))
+    for _ in answer:
+        pass
+    ids = answer.prompt + [token.id for _, token in answer.said]
+    with torch.inference_mode():
+        expected = plain.engine.model(torch.tensor([ids]))[0].double().log_softmax(-1)
+    places = [place for place, (kind, token) in enumerate(answer.said, len(answer.prompt))
+              if kind == "text" and token.id < len(tokenizer.tokens)]
+    entries = [entry for choice in choices for entry in choice.logprobs.content]
+    assert len(places) == len(entries) > 10
+    for place, entry in zip(places, entries):
+        assert bytes(entry.bytes) == tokenizer.tokens[ids[place]] and len(entry.top_logprobs) == 5
+        assert entry.logprob == pytest.approx(float(expected[place - 1, ids[place]]), abs=2e-3)
+        best = expected[place - 1].topk(5)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(best.values.tolist(), abs=2e-3)
+    for choice in choices:
+        text = choice.delta.content if stream else choice.message.content
+        spelled = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content).decode(errors="replace")
+        assert stream is False or not text or spelled == text, "a chunk brings the tokens of its own characters"
+
+
+def test_a_chunk_has_its_own_tokens_however_late_it_is_sent(model, tokenizer):
+    """The model may be further than the client has read."""
+    async def play():
+        reply = Reply(Answer(model, [{"role": "user", "content": "hi"}], Sampling(0)), False, with_logprobs=True)
+        for token in tokenizer.encode("One, two, 日本."):
+            if piece := reply.answer.take(Token(token, False, -0.5, None, ())):
+                reply.deliver(piece)
+        reply.deliver(None)
+        return [json.loads(line[6:])["choices"][0] async for line in reply.stream() if line.startswith("data: {")]
+
+    choices = asyncio.run(play())
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "One, two, 日本."
+    for choice in choices:
+        spelled = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"])
+        assert spelled.decode() == choice["delta"].get("content", "")
 
 
 # --- requests that do not come to an end -----------------------------------------------------------------------------
