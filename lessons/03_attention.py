@@ -427,6 +427,28 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
     return weights, total * rescale + tl.sum(weights, 1), new_top, rescale
 
 # %% [markdown]
+# Who does what, and in which order? Programs start in the order of their numbers. Late rows see most keys, so the
+# longest blocks should start first, or the chip ends up waiting for one that began late. To order each head's blocks
+# is not enough: the last head's longest block would still begin when the others are nearly done. To order all heads'
+# blocks would set all their keys competing for the cache. So sixteen heads go side by side, the longest blocks of all
+# sixteen first. On an H200 this order alone took forward from 0.81 and 0.79 of cuDNN's speed (T = 2,048 and 8,192,
+# kernels alone) to 0.86 and 0.86; four heads gave 0.81 and 0.84, thirty-two 0.88 and 0.85.
+
+# %%
+#| export kernels/flash_attention
+BUNCH = tl.constexpr(16)  # heads whose programs run side by side
+
+
+@triton.jit
+def share_of_work():
+    """(block, line) of this program on a grid of (blocks, lines): a bunch of lines together, block 0 of each first."""
+    blocks, number = tl.num_programs(0), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    first = number // (BUNCH * blocks) * BUNCH
+    width = tl.minimum(tl.num_programs(1) - first, BUNCH)  # the last bunch may be a smaller one
+    rest = number - first * blocks
+    return rest // width, first + rest % width
+
+# %% [markdown]
 # Then the program around it. Tiles are fetched by the chip's copy engine: `k_all` *describes* the tensor (where it
 # lies, its shape and strides), `load` names a tile's corner, and what lies past the end reads as zero, so no load
 # needs a mask. `head // group` is all there is to grouped queries: no copy of the keys is made.
@@ -434,9 +456,10 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
 # Tensor cores idle while a program does its softmax, unless a second program is there to use them. So the tiles are
 # chosen such that two programs fit on a multiprocessor: 128 queries by 64 keys for four warps take nearly all 255
 # registers that a thread can have, and 96 KiB of the 227 of shared memory. On an H200 (bfloat16, 16 heads of 128,
-# 16K tokens) that is 0.33 ms at T = 2,048 and 1.14 at 8,192, 0.77 and 0.79 of cuDNN's speed. What was tried and lost:
-# one program of eight warps (0.37 ms), and issuing a tile's second product one turn late, in the shadow of the next
-# softmax, as FlashAttention-3 does (0.39 ms: it costs the registers of the second program).
+# 16K tokens) that is 0.31 ms at T = 2,048 and 1.03 at 8,192, 0.84 and 0.88 of cuDNN's speed. What was tried and lost, at
+# T = 8,192 and in one run: one program of eight warps (12 % slower), and issuing a tile's second product one turn late, in
+# the shadow of the next softmax, as FlashAttention-3 does (12 % too: it costs the registers of the second program). Two
+# loops, one for the tiles that need no mask and one for the diagonal, would win 1 to 2 %.
 
 # %%
 #| export kernels/flash_attention
@@ -444,8 +467,9 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
                    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: no straggler comes last
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    block, line = share_of_work()
+    start = (tl.num_programs(0) - 1 - block) * BLOCK_M  # the longest rows first
+    batch, head = line // H, line % H
     kv_head = head // group
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N  # the first tile that any row sees
@@ -462,7 +486,7 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
 
     out_all.store([batch, head, start, 0], (acc / total[:, None]).to(out_all.dtype).reshape(1, 1, BLOCK_M, D))
     rows = start + tl.arange(0, BLOCK_M)
-    tl.store(lse_all + tl.program_id(1).to(tl.int64) * T + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
+    tl.store(lse_all + line.to(tl.int64) * T + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
 
 # %% [markdown]
 # Around a kernel: tile sizes, descriptors, the launch. Sizes were chosen by trial on an H200: large tiles read keys
@@ -493,7 +517,7 @@ def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, wind
         table = SETTINGS if capability in (90, 100) else SMALL
         sizes = (table.get(f"{kernel} windowed", {}) if windowed else {}).get(D) or table[kernel][D]
         if capability == 100 and (kernel, D) == ("forward", 128):  # accumulators lie elsewhere: four warps spill
-            sizes = (128, 64, 8, 2)
+            sizes = (128, 128, 8, 2)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
 
@@ -591,8 +615,8 @@ for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None],
 # block of queries walks over key tiles, as in forward. $dk_j$ and $dv_j$ are sums over queries: a program that owns a
 # block of keys walks over query tiles. One kernel could do both and recompute once, but then many programs add to the
 # same $dq$, in whatever order they finish: the last bits would differ from run to run. Two kernels do seven products
-# instead of five, and every number has one writer. (On the same H200: 0.90 ms at T = 2,048 and 3.13 at 8,192, which
-# is 0.91 and 0.83 of cuDNN's speed.)
+# instead of five, and every number has one writer. (On the same H200: 0.90 ms at T = 2,048 and 3.07 at 8,192, which
+# is 0.93 and 0.85 of cuDNN's speed.)
 
 # %%
 #| export kernels/flash_attention
@@ -600,11 +624,12 @@ for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None],
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
               D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    block, number = share_of_work()
+    start = (tl.num_programs(0) - 1 - block) * BLOCK_M
+    batch, head = number // H, number % H
     kv_head = head // group
     rows = start + tl.arange(0, BLOCK_M)
-    line = tl.program_id(1).to(tl.int64) * T
+    line = number.to(tl.int64) * T
     do = do_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     out = out_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
@@ -2390,8 +2415,7 @@ def kernel_bench(settings: Settings) -> None:
 
 # %% [markdown]
 # `python -m nanochat_lib.scripts.kernel_bench` makes this table on your GPU in a minute. Ours was made on the card
-# that it names, and stands in `docs/kernels.json`: first a whole run, then the attention kernels alone with the tiles
-# that a sweep in the same hour found to be better, and that the module has since.
+# that it names, and stands in `docs/kernels.json`.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -2408,17 +2432,15 @@ def show_promises(title, rows):
 
 if docs:
     show_promises(f"{found['chip']}, {found['date']}, torch {found['torch']}, triton {found['triton']}", found["targets"])
-    if "sweep" in found:
-        show_promises("with the tiles of the sweep, kernels alone", found["sweep"]["targets"])
     display(Image(docs[0].with_suffix(".png")))
 
 # %% [markdown]
 # What the choice above rests on. *Windows* are where our kernel earns its place: a third to a half faster than
-# FlexAttention, and faster than the vendor's kernel that does all the work. *Full* layers stay with the vendor: our
-# backward keeps up (over 0.8 of cuDNN), our forward reaches 0.77–0.79 and not the 0.80 that we asked of it; what is
-# missing is a softmax that runs while the tensor cores multiply, in specialised groups of threads (FlashAttention-3,
-# Shah et al., 2024). *Decoding* reads the cache at 0.97 of what a copy reaches: nothing is left to gain there but to
-# read less. The *loss* takes the time of the compiled formula, and a fourteenth of the plain one's memory.
+# FlexAttention, and faster than the vendor's kernel that does all the work. *Full* layers stay with the vendor: ours
+# come near (0.84 to 0.93 of cuDNN's speed); what is missing is a softmax that runs while the tensor cores multiply, in
+# specialised groups of threads (FlashAttention-3, Shah et al., 2024). *Decoding* reads the cache at 0.96 of what a copy
+# reaches: nothing is left to gain there but to read less. The *loss* takes the time of the compiled formula, and a
+# fourteenth of the plain one's memory.
 
 # %% [markdown]
 # ## Exercises

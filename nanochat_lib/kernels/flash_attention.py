@@ -38,12 +38,26 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
     return weights, total * rescale + tl.sum(weights, 1), new_top, rescale
 
 
+BUNCH = tl.constexpr(16)  # heads whose programs run side by side
+
+
+@triton.jit
+def share_of_work():
+    """(block, line) of this program on a grid of (blocks, lines): a bunch of lines together, block 0 of each first."""
+    blocks, number = tl.num_programs(0), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    first = number // (BUNCH * blocks) * BUNCH
+    width = tl.minimum(tl.num_programs(1) - first, BUNCH)  # the last bunch may be a smaller one
+    rest = number - first * blocks
+    return rest // width, first + rest % width
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
                    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows first: no straggler comes last
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    block, line = share_of_work()
+    start = (tl.num_programs(0) - 1 - block) * BLOCK_M  # the longest rows first
+    batch, head = line // H, line % H
     kv_head = head // group
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     first = tl.maximum(start - window, 0) // BLOCK_N * BLOCK_N  # the first tile that any row sees
@@ -60,7 +74,7 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
 
     out_all.store([batch, head, start, 0], (acc / total[:, None]).to(out_all.dtype).reshape(1, 1, BLOCK_M, D))
     rows = start + tl.arange(0, BLOCK_M)
-    tl.store(lse_all + tl.program_id(1).to(tl.int64) * T + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
+    tl.store(lse_all + line.to(tl.int64) * T + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
 
 
 SETTINGS = {  # head dimension → BLOCK_M, BLOCK_N, num_warps, num_stages; two-byte numbers, Hopper and later
@@ -84,7 +98,7 @@ def settings(kernel: str, D: int, dtype: torch.dtype, capability: int = 90, wind
         table = SETTINGS if capability in (90, 100) else SMALL
         sizes = (table.get(f"{kernel} windowed", {}) if windowed else {}).get(D) or table[kernel][D]
         if capability == 100 and (kernel, D) == ("forward", 128):  # accumulators lie elsewhere: four warps spill
-            sizes = (128, 64, 8, 2)
+            sizes = (128, 128, 8, 2)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes))
 
 
@@ -133,11 +147,12 @@ def _(q, k, v, window):
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
               D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    block, number = share_of_work()
+    start = (tl.num_programs(0) - 1 - block) * BLOCK_M
+    batch, head = number // H, number % H
     kv_head = head // group
     rows = start + tl.arange(0, BLOCK_M)
-    line = tl.program_id(1).to(tl.int64) * T
+    line = number.to(tl.int64) * T
     do = do_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     out = out_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
