@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nanochat_lib.decoder import Decoder
+from nanochat_lib.decoder import Decoder, Place
 from nanochat_lib.gpt import GPT
 from nanochat_lib.sampling import pick
 from nanochat_lib.slots import Slots
@@ -16,6 +16,18 @@ from nanochat_lib.slots import Slots
 def notice(what: str, error: Exception) -> None:
     """Say in one line what is missing."""
     print(f"engine: {what}: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr, flush=True)
+
+
+def compiled_for_rows(function: Callable) -> Callable:
+    """torch.compile of a function of (x, y, …, place) with a row for each line: once for one row, once for any number."""
+    compiled = torch.compile(function)
+
+    def run(x: Tensor, y: Tensor, *others):
+        for tensor in (x, y, *next((each for each in others if isinstance(each, Place)), ())):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(x, y, *others)
+
+    return run
 
 
 class GraphedDecoder:
@@ -30,7 +42,7 @@ class GraphedDecoder:
         self.refresh, self.plain = self.decoder.refresh, (self.decoder.project, self.decoder.finish)
         self.decoder.static, self.fused, self.unsure = True, fuse, fuse
         if fuse:
-            self.decoder.project, self.decoder.finish = map(torch.compile, self.plain)
+            self.decoder.project, self.decoder.finish = map(compiled_for_rows, self.plain)
 
     @staticmethod
     def padded(B: int, rows: int) -> int:
@@ -50,13 +62,13 @@ class GraphedDecoder:
 
     def pick(self, logits: Tensor, seeds: Tensor, settings: tuple) -> Tensor:
         """As sampling.pick, recorded too where the logits are a recorded step's."""
-        made = next((made for made in self.graphs.values() if made[1].data_ptr() == logits.data_ptr()), None)
-        if made is None or not self.record:
+        step = next((key for key, made in self.graphs.items() if made[1].data_ptr() == logits.data_ptr()), None)
+        if step is None or not self.record:
             return pick(logits, seeds, *settings)
-        size = len(made[1])
+        whole = self.graphs[step][1]  # the logits of padded rows too
         _, held = self.graphs.setdefault("seeds", (None, seeds.new_zeros(self.slots.rows)))
         held[:len(seeds)] = seeds
-        return self.replay((size, *settings), lambda: pick(made[1], held[:size], *settings))[:, :len(seeds)]
+        return self.replay((*step, *settings), lambda: pick(whole, held[:len(whole)], *settings))[:, :len(seeds)]
 
     def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
         """The result of a step: recorded at first, replayed from then on. The result stays at its place."""

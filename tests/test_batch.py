@@ -280,6 +280,65 @@ def test_a_steps_addresses_stay(make_model):
     assert [tensor.data_ptr() for tensor in lasting] == before
 
 
+class Replayed:
+    """Stands in for a CUDA graph: what was recorded runs again, and its result lands where it was."""
+
+    def __init__(self, step, slots):
+        previous = slots.previous.clone()
+        self.step, self.result = step, step().clone()
+        slots.previous.copy_(previous)  # recording runs nothing
+
+    def replay(self):
+        self.result.copy_(self.step())
+
+
+def decode_with_prompts(q, k, v, totals, window, shared):
+    """What lesson 03's decoding kernel computes, row by row."""
+    rows = []
+    for row, (total, owner) in enumerate(zip(totals.tolist(), shared[3].tolist())):
+        held = int(shared[2][owner])
+        keys, values = (torch.cat((prompt[owner, :held] if held else own[row, :0], own[row, :total + 1 - held]))[None]
+                        for prompt, own in ((shared[0], k), (shared[1], v)))
+        rows.append(reference_attention(q[row:row + 1], keys, values, window, totals[row:row + 1]))
+    return torch.cat(rows)
+
+
+def test_recorded_steps_follow_the_batch(make_model, tokenizer, monkeypatch):
+    """Rows on shared beginnings come and go, at the same batch size: no step and no choice may be another step's."""
+    engine = Engine(make_model(seed=12), tokenizer)
+    engine.runner.decoder, engine.runner.numpy_step = decoder, _ = GraphedDecoder(engine.model, fuse=False), None
+    decoder.decoder.look.kernel = decode_with_prompts
+
+    def capture(self, step):
+        made = Replayed(step, self.slots)
+        return made, made.result
+
+    monkeypatch.setattr(GraphedDecoder, "capture", capture)
+    stem = tokens_of(90, 20)
+    prompts = [stem + [5], stem + [6], tokens_of(91, 9), tokens_of(92, 4), tokens_of(93, 12), stem + [7], stem + [8]]
+    for rows in (2, 3):
+        requests = [Request(prompt, 3 + i % 4, temperature=0.0) for i, prompt in enumerate(prompts)]
+        engine.run(requests, rows)
+        for request in requests:
+            assert request.completion.tokens == naive(engine, request.prompt, request.max_tokens), (rows, request.prompt)
+    steps = {key for key in decoder.graphs if key != "seeds" and len(key) == 2}
+    assert {shared for _, shared in steps} == {True, False}, steps  # both kinds were recorded
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_recorded_steps_give_the_naive_tokens(make_model, tokenizer, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    engine = Engine(make_model(seed=13, n_embd=128, n_head=2, n_kv_head=1, sequence_len=128).cuda(), tokenizer)
+    stem = tokens_of(94, 40)
+    prompts = [stem + [i] for i in range(5)] + [tokens_of(95 + i, 1 + 9 * i) for i in range(9)]
+    requests = [Request(prompt, 5 + i % 7, temperature=0.0) for i, prompt in enumerate(prompts)]
+    for rows in (1, 4, 14):
+        engine.run(requests, rows)
+        for request in requests:
+            assert request.completion.tokens == naive(engine, request.prompt, request.max_tokens), (rows, request.prompt)
+    assert engine.runner.decoder.record and engine.runner.decoder.fused and not capsys.readouterr().err
+
+
 class Recorder(TorchDispatchMode):
     """Notes what a CUDA graph cannot record: reading a value on the host, a tensor made of host data, a shape that depends on values."""
 

@@ -102,3 +102,13 @@ def test_two_processes_killed_resume_to_1e_6(data):  # noqa: F811
     assert whole["kills"] == 0 and seen["kills"] == 3
     assert losses("killed") == pytest.approx(losses("whole"), abs=1e-6) and len(losses("whole")) == steps
     assert same(weights("killed", steps), weights("whole", steps), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_on_a_gpu_a_run_killed_four_times_goes_on_as_if_it_had_not_been(data):  # noqa: F811
+    changes = dict(device_type="cuda", no_compile=True, head_dim=32, aspect_ratio=32)
+    base_train(BaseTrain(**{**RUN, **changes, "save_every": -1}, data_dir=data, model_tag="whole"))
+    seen = killed(data, "killed", 1, 4, **changes)
+    assert seen["kills"] == 4
+    assert losses("killed") == pytest.approx(losses("whole"), abs=1e-3) and len(losses("whole")) == STEPS
