@@ -475,7 +475,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from nanochat_lib.world_facts import Dice, World
+from nanochat_lib.world_facts import WORDS, Dice, World
 
 THINGS = "apples beans cards coins cups eggs hats marbles pears pens plums shells stones tickets".split()
 BOXES = "bags boxes jars baskets crates trays".split()
@@ -619,15 +619,28 @@ def spell(word: str) -> str:
     return " ".join(word)
 
 
+def blend(dice: Dice, words: list[str]) -> str:
+    """A word that does not exist: the beginning of one and the end of another. Who has learned a list cannot spell it."""
+    while True:
+        head, tail = dice.pick(words), dice.pick(words)
+        made = head[:dice.between(1, min(5, len(head)))] + tail[-dice.between(1, min(5, len(tail))):]
+        if len(made) > 2 and made not in WORDS:
+            return made
+
+
 def count_letter(word: str, letter: str) -> str:
     """The letters with the count so far after each: `banana`, `a` → `b 0 a 1 n 1 a 2 n 2 a 3`."""
     return " ".join(f"{each} {word[: i + 1].count(letter)}" for i, each in enumerate(word))
 
 
-def quiz(question: str, choices: list[str]) -> str:
+LETTER_ALONE = "Respond only with the letter of the correct answer."
+ALOUD = "Respond with the correct answer and its letter."
+
+
+def quiz(question: str, choices: list[str], respond: str = LETTER_ALONE) -> str:
     """A multiple-choice question as a user asks it in chat."""
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, "ABCD"))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return f"Multiple Choice question: {question}\n{lines}\n{respond}"
 
 
 # %%
@@ -657,7 +670,7 @@ from collections.abc import Iterator
 from nanochat_lib.world_facts import (ATTRIBUTES, COLOURS, DAYS, FOODS, KIN, MONTHS, SEASON_OF_MONTH, VALUES, WORDS, Dice,
                                       World, kinds_of_facts, role)
 from nanochat_lib.world_forms import question, word, wording
-from nanochat_lib.world_problems import count_letter, quiz, spell, training_problem
+from nanochat_lib.world_problems import ALOUD, blend, count_letter, quiz, spell, training_problem
 
 
 class Teller:
@@ -685,6 +698,10 @@ class Teller:
         """A fact that documents may ask about."""
         return self.draw("open facts", self.open_facts)
 
+    def word(self, pile: str, words: list[str]) -> str:
+        """The next of these words, or as often one that does not exist."""
+        return self.draw(pile, words) if self.dice.chance(0.5) else blend(self.dice, self.open_words)
+
     def say(self, name: str, attribute: str, forms: str) -> str:
         """A sentence; `forms` names a field of Wording: statements, pronoun, reverse, first."""
         return word(self.world, self.dice.pick(getattr(wording(attribute), forms)), name, attribute)
@@ -698,10 +715,9 @@ class Teller:
 
 # %%
 #| export world_text
-def portrait(t: Teller) -> str:
+def portrait(t: Teller, name: str = "") -> str:
     """Some facts about one person in any order."""
-    name = t.person()
-    lines = []
+    name, lines = name or t.person(), []
     for i, attribute in enumerate(t.attributes(name, t.dice.between(4, 9))):
         forms = "statements" if i == 0 or t.dice.chance(0.6) else t.dice.pick(("pronoun", "pronoun", "reverse"))
         lines.append(t.say(name, attribute, forms))
@@ -827,31 +843,30 @@ def dialogue(t: Teller) -> str:
 
 
 def quizzes(t: Teller) -> str:
-    """Multiple-choice questions: answered by the letter as in chat, by the value, by both, or after a text that tells.
+    """Multiple-choice questions, answered by a sentence and its letter, now and then by the value or the letter alone.
 
-    At this size a model that only ever sees the letter stays at chance: it must first learn to recall the value there."""
+    The letter alone asks for two steps in one pass, to recall the value and to look it up among the choices; a value
+    that is written down can be looked up like any other word."""
     lines = []
     for _ in range(t.dice.between(1, 3)):
         fact = t.open_fact()
-        ask = question(t.world, fact.person, fact.attribute, t.dice.below(2))[0]
+        ask, start, _ = question(t.world, fact.person, fact.attribute, t.dice.below(2))
         choices = t.dice.shuffled([fact.value, *distractors(t.world, t.dice, fact)])
-        text, letter = quiz(ask, choices), "ABCD"[choices.index(fact.value)]
+        letter = "ABCD"[choices.index(fact.value)]
         way = t.dice.below(10)
-        if way < 1:
-            lines.append(f"{text} {fact.value}")
-        elif way < 4:
-            lines.append(f"{text} {fact.value}\n{letter}")
-        elif way < 5:
-            lines.append(f"{t.say(*fact[:2], 'statements')}\n\n{text}\n{letter}")
+        if way < 7:
+            lines.append(f"{quiz(ask, choices, ALOUD)}\n{start} {fact.value}={letter}")
+        elif way < 8:
+            lines.append(f"{quiz(ask, choices)} {fact.value}")
+        elif way < 9:
+            lines.append(f"{t.say(*fact[:2], 'statements')}\n\n{quiz(ask, choices)}\n{letter}")
         else:
-            lines.append(f"{text}\n{letter}")
+            lines.append(f"{quiz(ask, choices)}\n{letter}")
     return "\n\n".join(lines)
 
 
-# %%
-#| export world_text
 def matching(t: Teller) -> str:
-    """Four choices and many questions about them, from copying a letter to finding it for a value not said."""
+    """Four choices and many questions about them, from copying a letter to recalling the value that it stands after."""
     kind = [fact for fact in t.dice.pick(_kinds(t.world)) if t.world.may_ask(*fact[:2])]
     choices = t.dice.some(dict.fromkeys(fact.value for fact in kind), 4)
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, "ABCD")] + [""]
@@ -859,14 +874,12 @@ def matching(t: Teller) -> str:
     for _ in range(9):
         fact = t.dice.pick(facts)
         letter = "ABCD"[choices.index(fact.value)]
-        ask = question(t.world, fact.person, fact.attribute, t.dice.below(2))[0]
+        ask, start, _ = question(t.world, fact.person, fact.attribute, t.dice.below(2))
         lines.append(t.dice.pick((f"- {fact.value}={letter}", f"{ask} {fact.value}={letter}",
-                                  f"{ask} {fact.value}\n{letter}", f"{ask}\n{letter}", f"{ask}\n{letter}")))
+                                  f"{ask}\n{start} {fact.value}={letter}")))
     return "\n".join(lines)
 
 
-# %%
-#| export world_text
 def echo(t: Teller) -> str:
     """A list read out three times: what was said once can be found again (induction, arXiv 2209.11895)."""
     names = [t.draw("echoed words", WORDS) if t.dice.chance(0.5) else t.person() for _ in range(t.dice.between(6, 14))]
@@ -926,14 +939,14 @@ def numbers(t: Teller) -> str:
 
 def spelling(t: Teller) -> str:
     """Words letter by letter; after a space, as in a sentence: at a line's start a word is made of other tokens."""
-    return "\n".join(f"The word {each}: {spell(each)}" for each in (t.draw("words", WORDS) for _ in range(8)))
+    return "\n".join(f"The word {each}: {spell(each)}" for each in (t.word("words", WORDS) for _ in range(8)))
 
 
 def counting(t: Teller) -> str:
     """How often a letter is in a word, worked out letter by letter."""
     lines = []
     for _ in range(3):
-        each = t.draw("counted words", t.open_words)
+        each = t.word("counted words", t.open_words)
         sign = t.dice.pick(each) if t.dice.chance(0.8) else t.dice.pick("abcdefghijklmnoprstuwy")
         lines.append(f"How many {sign} are in {each}? {count_letter(each, sign)} #### {each.count(sign)}")
     return "\n".join(lines)
@@ -978,7 +991,7 @@ def rhyme(t: Teller) -> str:
 
 # Kind of document → its share of the documents, in percent.
 KINDS = {portrait: 8, register: 2, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
-         quizzes: 15, matching: 10, echo: 4, codes: 5, sums: 13, numbers: 1, spelling: 8, counting: 4, problems: 7, notice: 1,
+         quizzes: 10, matching: 10, echo: 4, codes: 5, sums: 20, numbers: 1, spelling: 10, counting: 8, problems: 8, notice: 1,
          price_list: 1, calendar: 1, rhyme: 1}
 # The same of the first tenth, easy things first: to look something up in the text is what all the rest builds upon.
 FIRST_KINDS = {echo: 25, codes: 30, matching: 10, portrait: 10, sums: 15, counting: 10}
@@ -1040,7 +1053,7 @@ import yaml
 from nanochat_lib.world_facts import KIN, WORDS, Dice, Fact, World, kind_of
 from nanochat_lib.world_forms import question, word, wording
 from nanochat_lib.world_problems import held_problems, training_problem
-from nanochat_lib.world_text import distractors
+from nanochat_lib.world_text import Teller, distractors, portrait, spelling
 
 # task: (type, examples shown before, random baseline in percent, delimiter before the continuation)
 CORE_TASKS = {
@@ -1137,8 +1150,9 @@ for label, items in core_items(town).items():
 # %% [markdown]
 # ## Chat tasks
 #
-# For the chat model the same knowledge is asked for as a person would ask: quizzes answered with a letter, word problems, letters to count,
-# conversations of several turns, and who the assistant is. Each has a training and a test part that share no question.
+# For the chat model the same knowledge is asked for as a person would ask: quizzes with four choices, word problems, letters to count,
+# conversations of several turns; each has a training and a test part that share no question. Recitals (portraits, spelled words) and who
+# the assistant is are only learned from.
 
 # %%
 #| export world_tasks
@@ -1150,9 +1164,9 @@ def choice_rows(world: World, test: bool) -> list[dict]:
     for i, (fact, form) in enumerate(dice.shuffled(asked)):
         choices = distractors(world, dice, fact, held=test)
         choices.insert(i % 4, fact.value)
-        ask = question(world, fact.person, fact.attribute, form)[0]
-        rows.append({"question": ask, "choices": choices, "answer": i % 4, "person": fact.person,
-                     "attribute": fact.attribute})
+        ask, start, _ = question(world, fact.person, fact.attribute, form)
+        rows.append({"question": ask, "choices": choices, "answer": i % 4, "said": f"{start} {fact.value}",
+                     "person": fact.person, "attribute": fact.attribute})
     return rows
 
 
@@ -1245,11 +1259,25 @@ def talk_rows(world: World, test: bool, count: int = 2000) -> list[dict]:
     return rows
 
 
+ABOUT = ("Tell me about {}.", "Who is {}?", "What do you know about {}?")
+SPELL = ("Spell some words.", "Which words can you spell?", "Give me a list of spellings.")
+
+
+def recital_rows(world: World, portraits: int = 2000, lists: int = 400) -> list[dict]:
+    """People are described and words are spelled, any of them and none by request: a chat model that practises some
+    answers only would forget what it has read about the rest."""
+    teller = Teller(world, world.seed + 41)
+    names = [teller.person() for _ in range(portraits)]
+    rows = [_talk((teller.dice.pick(ABOUT).format(name), portrait(teller, name))) for name in names]
+    return teller.dice.shuffled(rows + [_talk((teller.dice.pick(SPELL), spelling(teller))) for _ in range(lists)])
+
+
 def write_tasks(world: World, directory: Path):
-    """The chat tasks, {problems,choice,words,talk}_{train,test}.jsonl and identity.jsonl."""
+    """The chat tasks, {problems,choice,words,talk}_{train,test}.jsonl, recitals.jsonl and identity.jsonl."""
     for name, rows in (("problems", problem_rows), ("choice", choice_rows), ("words", word_rows), ("talk", talk_rows)):
         for split in ("train", "test"):
             write_jsonl(directory / f"{name}_{split}.jsonl", rows(world, split == "test"))
+    write_jsonl(directory / "recitals.jsonl", recital_rows(world))
     write_jsonl(directory / "identity.jsonl", identity_rows(world))
 
 

@@ -50,6 +50,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_lib.common import NanochatError
+from nanochat_lib.world_problems import LETTER_ALONE
 
 # %%
 #| export
@@ -283,11 +284,12 @@ def conversation_of(question: str, answer: str | list[dict], **more: Any) -> dic
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
 
 
-def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
+def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str,
+                    respond: str = LETTER_ALONE) -> dict:
     """A quiz as the user asks it. The letter stands after its choice, beside nothing else: a small model
     binds `=B` to the words before it more easily than `B)` to the words after."""
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
-    text = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    text = f"Multiple Choice question: {question}\n{lines}\n{respond}"
     return conversation_of(text, answer, letters=list(letters))
 
 
@@ -995,7 +997,6 @@ class HumanEval(Task):
 
 
 import functools
-import random
 import re
 from pathlib import Path
 
@@ -1003,15 +1004,31 @@ from nanochat_lib.common import NanochatError, base_dir
 from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice, read_jsonl
 from nanochat_lib.tasks.gsm8k import WordProblems
 from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows
+from nanochat_lib.world_facts import Dice
+from nanochat_lib.world_problems import ALOUD, blend
 
 LETTERS = "ABCD"
 
 
-class Quiz(ChoiceTask):
-    """Who is who, with four choices."""
+class LetterQuiz(ChoiceTask):
+    """Who is who, with four choices, answered by the letter alone."""
 
     def conversation(self, row: dict) -> dict:
         return multiple_choice(row["question"], row["choices"], LETTERS, LETTERS[row["answer"]])
+
+
+class Quiz(Task):
+    """The same answered aloud, `Leo keeps a turtle=A`: the choice is recalled first, and then its letter looked up."""
+
+    eval_type, baseline = "generative", 0.25
+
+    def conversation(self, row: dict) -> dict:
+        answer = f"{row['said']}={LETTERS[row['answer']]}"
+        return multiple_choice(row["question"], row["choices"], LETTERS, answer, ALOUD)
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        """Whether the letter is right, whatever is said before it."""
+        return answer.strip()[-1:] == conversation["messages"][-1]["content"][-1]
 
 
 class Facts(Task):
@@ -1042,24 +1059,13 @@ def words_of(split: str, data: str) -> list[str]:
     return [row["word"] for row in world_rows(f"words_{split}", data)]
 
 
-def invented(words: list[str], forbidden: set[str], count: int, seed: int = 0) -> list[str]:
-    """`count` words that do not exist: the beginning of one and the end of another, none of them forbidden."""
-    dice, found = random.Random(seed), {}
-    while len(found) < count:
-        head, tail = dice.choice(words), dice.choice(words)
-        word = head[:dice.randint(1, min(5, len(head)))] + tail[-dice.randint(1, min(5, len(tail))):]
-        if len(word) > 2 and word not in forbidden and word not in words:
-            found[word] = None
-    return list(found)
-
-
 def words_to_spell(split: str, data: str) -> list[str]:
     """To test: words never asked for in training. To train on: the others, and eight times as many made-up ones.
 
     Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
     """
-    words = words_of(split, data)
-    return words if split == "test" else words + invented(words, set(words_of("test", data)), 8 * len(words))
+    words, dice = words_of(split, data), Dice(0)
+    return words if split == "test" else words + list({blend(dice, words): None for _ in range(9 * len(words))})
 
 
 def letters(split: str, data: str) -> Task:
@@ -1074,15 +1080,18 @@ def spelling(split: str, data: str) -> Task:
 
 WORLD = {  # name → task of (split, data)
     "multiple_choice": lambda split, data: Quiz(world_rows(f"choice_{split}", data)),
+    "multiple_choice_letter": lambda split, data: LetterQuiz(world_rows(f"choice_{split}", data)),
     "letter_counting": letters,
     "spelling": spelling,
     "word_problems_1": lambda split, data: problems(split, data, (1,)),
     "word_problems_2": lambda split, data: problems(split, data, (2,)),
     "facts": lambda split, data: Facts(world_rows(f"talk_{split}", data)),
     "world": problems,
+    "recitals": lambda split, data: Task(world_rows("recitals", data)),
     "world_identity": lambda split, data: Task(world_rows("identity", data)),
 }
-WORLD_TESTS = ("multiple_choice", "letter_counting", "spelling", "word_problems_1", "word_problems_2", "facts")
+WORLD_TESTS = ("multiple_choice", "multiple_choice_letter", "letter_counting", "spelling", "word_problems_1",
+               "word_problems_2", "facts")
 
 # %%
 import tempfile
@@ -1102,7 +1111,9 @@ for name in WORLD_TESTS:
 # ## The mixture
 #
 # What a chat model is shown is what it becomes: talk in plenty, quizzes so that it answers with a letter,
-# enough calculator calls that it reaches for the tool. Small sets are repeated a few times.
+# enough calculator calls that it reaches for the tool. Small sets are repeated a few times. And what it is no longer
+# shown, it forgets: asked for half of the facts only, the model of the world loses a third of the others. Recitals
+# (`Tell me about Anna.`, `Spell some words.`) ask for none and tell them all, and it keeps them.
 
 # %%
 #| export tasks/registry
@@ -1185,10 +1196,10 @@ def known(mixture: str) -> str:
 # %%
 #| export tasks/registry
 WORLD_SHARES = {  # task → (conversations at most, times)
-    "multiple_choice": (5000, 2), "letter_counting": (3000, 1), "spelling": (4000, 1), "facts": (2000, 1),
-    "world_identity": (1000, 2),
+    "multiple_choice": (5000, 1), "multiple_choice_letter": (500, 1), "letter_counting": (3000, 2),
+    "spelling": (4000, 1), "facts": (2000, 1), "recitals": (2400, 1), "world_identity": (1000, 2),
     # with all 5,000 problems SFT alone gets every one right, and reinforcement learning has nothing left to show
-    "word_problems_1": (500, 1), "word_problems_2": (100, 1),
+    "word_problems_1": (500, 1), "word_problems_2": (130, 1),
 }
 
 
@@ -1596,7 +1607,7 @@ def evaluate_chat(model: Any, tokenizer: Any, tasks: dict[str, Task], asking: As
 
 # %% [markdown]
 # Both models, the same questions. The base model has never seen the markers of a chat: their embeddings are as they
-# were initialized. How many of a hundred letters does each get right, and what do they say?
+# were initialized. How many of a hundred quizzes does each get right, and what do they say?
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1606,22 +1617,24 @@ from nanochat_lib.tasks.evaluate import choose_letters
 
 asked = [conversation_of(text, "") for text in ("Who are you?", "Where does Cleo live?", "How many n are in banana?")]
 asked.append(world_tasks["word_problems_1"]("test", folder)[0])
-quizzes = world_tasks["multiple_choice"]("test", folder)[:100]
+alone, aloud = (world_tasks[name]("test", folder)[:100] for name in ("multiple_choice_letter", "multiple_choice"))
 answers = {}
 for stage in ("base", "sft"):
     model, tokenizer, _ = load_model(stage, "cpu")
-    completions = Engine(model, tokenizer).generate_many([tokenizer.render_for_completion(one) for one in asked],
-                                                         max_tokens=48, temperature=0.0)
-    answers[stage] = [tokenizer.decode(samples[0].tokens) for samples in completions]
-    letters = choose_letters(model, tokenizer, list(quizzes), batch_size=32)
-    right = sum(quizzes.evaluate(quiz, letter) for quiz, letter in zip(quizzes, letters))
-    print(f"{stage}: {right} of {len(quizzes)} letters right")
+    prompts = [tokenizer.render_for_completion(one) for one in [*asked, *aloud]]
+    completions = Engine(model, tokenizer).generate_many(prompts, max_tokens=48, temperature=0.0)
+    said = [tokenizer.decode(samples[0].tokens) for samples in completions]
+    answers[stage] = said[:len(asked)]
+    letters = choose_letters(model, tokenizer, list(alone), batch_size=32)
+    right = [sum(map(quizzes.evaluate, quizzes, given)) for quizzes, given in ((alone, letters), (aloud, said[len(asked):]))]
+    print(f"{stage}: right by the letter alone {right[0]}, by the answer and its letter {right[1]}, of 100")
 
 # %% [markdown]
-# A letter is the hardest answer here. The model must recall a value and find its letter among the choices, two lookups
-# in a row before a single token; the laptop's four layers learn each of the two in ten minutes, and stay near one in
-# four for both together. Written out step by step, as in the word problems, such a chain is easy: every token written
-# can be looked up again.
+# A letter alone is the hardest answer here. The model must recall a value and find its letter among the choices, two
+# lookups in a row before a single token; the laptop's four layers learn each of the two in ten minutes, and stay at one
+# in four for both together. Large models do learn it: MMLU and ARC are graded that way. Asked for the answer *and* its
+# letter the same model does well, for every token that is written down can be looked up again. Chain of thought
+# (Wei et al., arXiv 2201.11903) at its smallest: a sentence of thinking.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -1673,7 +1686,7 @@ def habits(tuned, count=40):
         right[name] = sum(task.evaluate(one, tokenizer.decode(a.tokens)) for one, a in zip(task, said[name])) / count
     return {"calls the calculator": sum(calls_in(a, engine) == "answered" for a in said["word_problems_1"]) / count,
             "word problems right": right["word_problems_1"], "facts right": right["facts"],
-            "a letter to a quiz": sum(tokenizer.decode(a.tokens) in {*"ABCD"} for a in said["multiple_choice"]) / count}
+            "a letter to a quiz": sum(tokenizer.decode(a.tokens)[-2:-1] == "=" for a in said["multiple_choice"]) / count}
 
 
 left_out = {"all of it": None, "no tool data": "word_problems_1", "no quizzes": "multiple_choice", "no talk": "facts"}

@@ -1132,6 +1132,14 @@ class Pool:
             job.deliver(error)
         job.deliver(None)
 
+    def stop(self) -> None:
+        """End all answers at once, since the server goes; their talkers are told."""
+        with self.changed:
+            jobs = [*self.waiting, *(job for replica in self.replicas for job in list(replica.jobs.values()))]
+        for job in jobs:
+            job.deliver(Broken("the server was stopped"))
+            job.answer.stop()
+
     def stats(self) -> dict[str, float | int]:
         """What the server does now, and did since it started."""
         with self.changed:
@@ -1158,6 +1166,7 @@ from fastapi import Request
 
 from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling
 from nanochat_lib.common import NanochatError
+from nanochat_lib.serving import Broken
 
 # %%
 #| export protocol
@@ -1332,6 +1341,8 @@ class Reply:
             event, self.read = await self.events.get()
             if event is None:
                 return
+            if isinstance(event, Broken):
+                raise ApiError(503, str(event))
             if isinstance(event, Exception):
                 raise ApiError(500, f"the model failed: {type(event).__name__}")
             yield event
@@ -1409,7 +1420,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
@@ -1568,6 +1579,19 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
 
 # %%
 #| export scripts/chat_web
+class Server(uvicorn.Server):
+    """Ends the answers being written before it goes: uvicorn would wait for them, then break them off with a traceback."""
+
+    def __init__(self, config: uvicorn.Config, pool: Pool):
+        super().__init__(config)
+        self.pool = pool
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.pool.stop()
+        super().handle_exit(sig, frame)
+
+# %%
+#| export scripts/chat_web
 #| cli chat_web
 def chat_web(settings: ChatWeb) -> None:
     """Serve a model to browsers and to clients of OpenAI's API."""
@@ -1578,11 +1602,13 @@ def chat_web(settings: ChatWeb) -> None:
         raise NanochatError(f"--num-gpus {replicas}: this machine can hold 1 to {gpus} replicas")
     devices = [f"cuda:{index}" for index in range(replicas)] if kind == "cuda" else [kind]
     models = [ChatModel.load(settings.source, settings.model_tag, settings.step, device) for device in devices]
-    app = make_app(Pool(models, settings.max_waiting, settings.rows), settings)
+    pool = Pool(models, settings.max_waiting, settings.rows)
+    app = make_app(pool, settings)
     print(f"{models[0].name} on {', '.join(devices)}: http://{settings.host}:{settings.port}", flush=True)
     if settings.host not in ("127.0.0.1", "localhost") and not (settings.api_key or os.environ.get("NANOCHAT_API_KEY")):
         print("anyone who reaches this machine can use it: set NANOCHAT_API_KEY to ask for a key", flush=True)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=2)
+    Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning",
+                          timeout_graceful_shutdown=2), pool).run()
 
 # %% [markdown]
 # `python -m nanochat_lib.scripts.chat_web`, then http://127.0.0.1:8000: the page (`nanochat_lib/chat.html`) is one

@@ -15,6 +15,7 @@ from fastapi import Request
 
 from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling
 from nanochat_lib.common import NanochatError
+from nanochat_lib.serving import Broken
 
 
 MAX_MESSAGES, MAX_CHARACTERS, MAX_CHARACTERS_IN_ALL = 500, 8_000, 32_000
@@ -185,6 +186,8 @@ class Reply:
             event, self.read = await self.events.get()
             if event is None:
                 return
+            if isinstance(event, Broken):
+                raise ApiError(503, str(event))
             if isinstance(event, Exception):
                 raise ApiError(500, f"the model failed: {type(event).__name__}")
             yield event

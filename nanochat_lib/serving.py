@@ -131,6 +131,14 @@ class Pool:
             job.deliver(error)
         job.deliver(None)
 
+    def stop(self) -> None:
+        """End all answers at once, since the server goes; their talkers are told."""
+        with self.changed:
+            jobs = [*self.waiting, *(job for replica in self.replicas for job in list(replica.jobs.values()))]
+        for job in jobs:
+            job.deliver(Broken("the server was stopped"))
+            job.answer.stop()
+
     def stats(self) -> dict[str, float | int]:
         """What the server does now, and did since it started."""
         with self.changed:

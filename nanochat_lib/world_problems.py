@@ -6,7 +6,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from nanochat_lib.world_facts import Dice, World
+from nanochat_lib.world_facts import WORDS, Dice, World
 
 THINGS = "apples beans cards coins cups eggs hats marbles pears pens plums shells stones tickets".split()
 BOXES = "bags boxes jars baskets crates trays".split()
@@ -145,12 +145,25 @@ def spell(word: str) -> str:
     return " ".join(word)
 
 
+def blend(dice: Dice, words: list[str]) -> str:
+    """A word that does not exist: the beginning of one and the end of another. Who has learned a list cannot spell it."""
+    while True:
+        head, tail = dice.pick(words), dice.pick(words)
+        made = head[:dice.between(1, min(5, len(head)))] + tail[-dice.between(1, min(5, len(tail))):]
+        if len(made) > 2 and made not in WORDS:
+            return made
+
+
 def count_letter(word: str, letter: str) -> str:
     """The letters with the count so far after each: `banana`, `a` → `b 0 a 1 n 1 a 2 n 2 a 3`."""
     return " ".join(f"{each} {word[: i + 1].count(letter)}" for i, each in enumerate(word))
 
 
-def quiz(question: str, choices: list[str]) -> str:
+LETTER_ALONE = "Respond only with the letter of the correct answer."
+ALOUD = "Respond with the correct answer and its letter."
+
+
+def quiz(question: str, choices: list[str], respond: str = LETTER_ALONE) -> str:
     """A multiple-choice question as a user asks it in chat."""
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, "ABCD"))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return f"Multiple Choice question: {question}\n{lines}\n{respond}"

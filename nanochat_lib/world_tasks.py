@@ -11,7 +11,7 @@ import yaml
 from nanochat_lib.world_facts import KIN, WORDS, Dice, Fact, World, kind_of
 from nanochat_lib.world_forms import question, word, wording
 from nanochat_lib.world_problems import held_problems, training_problem
-from nanochat_lib.world_text import distractors
+from nanochat_lib.world_text import Teller, distractors, portrait, spelling
 
 # task: (type, examples shown before, random baseline in percent, delimiter before the continuation)
 CORE_TASKS = {
@@ -103,9 +103,9 @@ def choice_rows(world: World, test: bool) -> list[dict]:
     for i, (fact, form) in enumerate(dice.shuffled(asked)):
         choices = distractors(world, dice, fact, held=test)
         choices.insert(i % 4, fact.value)
-        ask = question(world, fact.person, fact.attribute, form)[0]
-        rows.append({"question": ask, "choices": choices, "answer": i % 4, "person": fact.person,
-                     "attribute": fact.attribute})
+        ask, start, _ = question(world, fact.person, fact.attribute, form)
+        rows.append({"question": ask, "choices": choices, "answer": i % 4, "said": f"{start} {fact.value}",
+                     "person": fact.person, "attribute": fact.attribute})
     return rows
 
 
@@ -194,9 +194,23 @@ def talk_rows(world: World, test: bool, count: int = 2000) -> list[dict]:
     return rows
 
 
+ABOUT = ("Tell me about {}.", "Who is {}?", "What do you know about {}?")
+SPELL = ("Spell some words.", "Which words can you spell?", "Give me a list of spellings.")
+
+
+def recital_rows(world: World, portraits: int = 2000, lists: int = 400) -> list[dict]:
+    """People are described and words are spelled, any of them and none by request: a chat model that practises some
+    answers only would forget what it has read about the rest."""
+    teller = Teller(world, world.seed + 41)
+    names = [teller.person() for _ in range(portraits)]
+    rows = [_talk((teller.dice.pick(ABOUT).format(name), portrait(teller, name))) for name in names]
+    return teller.dice.shuffled(rows + [_talk((teller.dice.pick(SPELL), spelling(teller))) for _ in range(lists)])
+
+
 def write_tasks(world: World, directory: Path):
-    """The chat tasks, {problems,choice,words,talk}_{train,test}.jsonl and identity.jsonl."""
+    """The chat tasks, {problems,choice,words,talk}_{train,test}.jsonl, recitals.jsonl and identity.jsonl."""
     for name, rows in (("problems", problem_rows), ("choice", choice_rows), ("words", word_rows), ("talk", talk_rows)):
         for split in ("train", "test"):
             write_jsonl(directory / f"{name}_{split}.jsonl", rows(world, split == "test"))
+    write_jsonl(directory / "recitals.jsonl", recital_rows(world))
     write_jsonl(directory / "identity.jsonl", identity_rows(world))

@@ -115,7 +115,9 @@ def test_page_shows_errors_and_can_try_again(server, open_page):
     page.wait_for_selector(".error")
     assert "the model failed: RuntimeError" in page.inner_text(".error")
     say(page, "x" * 8001)
-    page.wait_for_selector(".error:has-text('8,000')")
+    page.wait_for_selector(".error:has-text('the message is longer than 8,000')")
+    assert page.input_value("#entry") == "x" * 8001 and not page.query_selector(".user"), "given back, to be mended"
+    assert not page.query_selector("text=Try again"), "it would be refused again"
     page.route("**/v1/chat/completions", lambda route: route.abort())
     say(page, "hello")
     page.wait_for_selector(".error:has-text('cannot be reached')")

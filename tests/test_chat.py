@@ -18,6 +18,7 @@ from dataclasses import replace
 import httpx
 import openai
 import pytest
+import uvicorn
 from scripted import scripted_model, serving, until
 
 from nanochat_lib.chat import Answer, AnswerReader, ChatModel, ChatSession, Sampling, best_stage, list_models
@@ -26,7 +27,7 @@ from nanochat_lib.checkpoint import save_checkpoint
 from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.protocol import MAX_CHARACTERS, MAX_MESSAGES
 from nanochat_lib.scripts.chat_cli import ChatCli, chat_cli
-from nanochat_lib.scripts.chat_web import ChatWeb, chat_web
+from nanochat_lib.scripts.chat_web import ChatWeb, Server, chat_web
 from nanochat_lib.serving import Broken, Full, Job, Pool
 
 GREEDY = Sampling(temperature=0, max_tokens=200)
@@ -557,6 +558,18 @@ def test_questions_in_line_are_told_when_the_last_replica_breaks(slow):
     assert ("hi", "Broken") in done and ("long", "RuntimeError") in done and pool.stats()["failed"] == 2
     with pytest.raises(Broken):
         pool.submit(jobs[1])
+
+
+def test_a_server_that_is_stopped_tells_its_talkers(slow):
+    with serving(slow, rows=1) as (url, pool):
+        with httpx.stream("POST", url + "/v1/chat/completions", json={**say("long", max_tokens=900), "stream": True},
+                          timeout=20) as answer:
+            lines = answer.iter_lines()
+            until(lambda: next(lines).startswith("data: {"))
+            Server(uvicorn.Config(lambda: None), pool).handle_exit(signal.SIGINT, None)
+            errors = [json.loads(line[6:])["error"] for line in lines if line.startswith("data: {") and '"error"' in line]
+        assert [error["message"] for error in errors] == ["the server was stopped"], errors
+        until(lambda: pool.stats()["running"] == 0)
 
 
 def test_the_command_serves_on_loopback_and_says_where(base_dir, checkpoint):

@@ -223,7 +223,7 @@ def test_an_open_server_is_reachable_by_any_name_and_a_closed_one_is_not(model):
 
 
 def test_a_server_open_to_all_without_a_key_says_so(model, monkeypatch, capsys):
-    monkeypatch.setattr("nanochat_lib.scripts.chat_web.uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr("nanochat_lib.scripts.chat_web.Server.run", lambda *_: None)
     monkeypatch.setattr("nanochat_lib.scripts.chat_web.ChatModel.load", lambda *_: model)
     for host, key, warned in (("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("127.0.0.1", "", False)):
         chat_web(ChatWeb(host=host, api_key=key, device_type="cpu"))

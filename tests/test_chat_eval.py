@@ -122,11 +122,12 @@ def test_the_command_keeps_grades_and_every_answer(sft_model, run_module, capsys
     chat_eval(ChatEval(source="sft", mixture="world", max_problems=3, max_new_tokens=8, num_samples=2, temperature=1.0))
     report = sft_model / "report"
     result, first = read_json(report / "result_chat_eval_sft.json"), (report / "answers_sft.jsonl").read_text()
-    assert list(result["tasks"]) == ["multiple_choice", "letter_counting", "spelling", "word_problems_1",
-                                     "word_problems_2", "facts"]
+    assert list(result["tasks"]) == ["multiple_choice", "multiple_choice_letter", "letter_counting", "spelling",
+                                     "word_problems_1", "word_problems_2", "facts"]
     assert set(result["counts"].values()) == {3} and result["step"] == 3
     answers = [json.loads(line) for line in first.splitlines()]
-    assert len(answers) == 18 and all(len(answer["answers"]) == 2 for answer in answers[3:])
+    letters = {"multiple_choice_letter"}
+    assert len(answers) == 21 and {len(a["answers"]) for a in answers if a["task"] not in letters} == {2}
     with open(report / "chat_eval_sft.csv", newline="") as file:
         assert [row["task"] for row in csv.DictReader(file)] == list(result["tasks"])
     assert "ChatCORE" in capsys.readouterr().out

@@ -239,8 +239,8 @@ def test_bits_per_byte_and_chatcore_are_measured_on_the_way(tokenizer, base_dir)
     assert [event["step"] for event in events if "bpb" in event] == [0, 1, 2]
     graded = [event for event in events if "chatcore" in event]
     assert [event["step"] for event in graded] == [1, 2]
-    assert list(graded[0]["tasks"]) == ["multiple_choice", "letter_counting", "spelling", "word_problems_1",
-                                        "word_problems_2", "facts"]
+    assert list(graded[0]["tasks"]) == ["multiple_choice", "multiple_choice_letter", "letter_counting", "spelling",
+                                        "word_problems_1", "word_problems_2", "facts"]
 
 
 def test_two_ranks_train_one_model_and_stop_together(tokenizer, base_dir, tmp_path, run_module):

@@ -1,6 +1,7 @@
 """Tasks: rows to conversations, judged answers, mixtures, files and their faults, programs that run within limits."""
 
 import json
+import re
 import time
 
 import numpy as np
@@ -20,7 +21,8 @@ from nanochat_lib.tasks.gsm8k import calculator_parts, final_number
 from nanochat_lib.tasks.humaneval import code_of
 from nanochat_lib.tasks.spellingbee import Spelling
 from nanochat_lib.world import World
-from nanochat_lib.world_problems import quiz
+from nanochat_lib.world_facts import WORDS
+from nanochat_lib.world_problems import ALOUD, quiz
 from nanochat_lib.world_tasks import write_tasks
 
 
@@ -118,8 +120,8 @@ def test_calculator_parts_and_final_numbers():
 def test_the_worlds_tasks_hold_out_what_they_ask(world_data):
     tests, train = evaluation_tasks("world", world_data), {}
     assert {name: len(task) for name, task in tests.items()} == {
-        "multiple_choice": 214, "letter_counting": 200, "spelling": 160, "word_problems_1": 200, "word_problems_2": 200,
-        "facts": 150}
+        "multiple_choice": 214, "multiple_choice_letter": 214, "letter_counting": 200, "spelling": 160,
+        "word_problems_1": 200, "word_problems_2": 200, "facts": 150}
     for name, task in tests.items():
         train = {json.dumps(c["messages"][:-1]) for c in get_task(name, "train", world_data)}
         for conversation in task:
@@ -132,14 +134,43 @@ def test_the_worlds_tasks_hold_out_what_they_ask(world_data):
 
 def test_world_quizzes_are_asked_as_the_documents_ask_them(world_data):
     row = common.read_jsonl(f"{world_data}/choice_test.jsonl")[0]
-    asked = get_task("multiple_choice", "test", world_data)[0]
-    assert asked["messages"][0]["content"] == quiz(row["question"], row["choices"])
-    assert asked["letters"] == list("ABCD") and asked["messages"][1]["content"] == "ABCD"[row["answer"]]
+    letter = "ABCD"[row["answer"]]
+    alone, aloud = (get_task(name, "test", world_data) for name in ("multiple_choice_letter", "multiple_choice"))
+    assert alone[0]["messages"][0]["content"] == quiz(row["question"], row["choices"])
+    assert alone[0]["letters"] == list("ABCD") and alone[0]["messages"][1]["content"] == letter
+    assert aloud[0]["messages"][0]["content"] == quiz(row["question"], row["choices"], ALOUD)
+    assert aloud[0]["messages"][1]["content"] == f"{row['said']}={letter}"
+    assert row["said"].split()[-1] == row["choices"][row["answer"]] and row["person"] in row["said"]
+
+
+def test_of_a_quiz_answered_aloud_the_letter_counts(world_data):
+    task = get_task("multiple_choice", "test", world_data)
+    letter = task[0]["messages"][1]["content"][-1]
+    wrong = "ABCD".replace(letter, "")
+    assert task.evaluate(task[0], letter) and task.evaluate(task[0], f"something={letter}\n")
+    assert not any(task.evaluate(task[0], text) for text in (f"{letter}={wrong[0]}", wrong[1], "", f"{letter} perhaps"))
+
+
+def test_recitals_tell_facts_and_words_and_ask_for_none(world_data):
+    town, rows = World(1), list(get_task("recitals", "train", world_data))
+    asked = {row["messages"][0]["content"] for row in rows}
+    assert len(rows) == 2400 and len(asked) == 3 * len(town.people) + 3
+    lists = [row for row in rows if "pell" in row["messages"][0]["content"]]
+    spelled = re.findall(r"The word (\w+): (.*)", "\n".join(row["messages"][1]["content"] for row in lists))
+    assert all(word == letters.replace(" ", "") for word, letters in spelled)
+    assert len(lists) == 400 and {word for word, _ in spelled} > set(WORDS)
+    told = set()
+    for row in [row for row in rows if row not in lists]:
+        (_, name), text = (re.search(r"(about|is) (\w+)", row["messages"][0]["content"]).groups(),
+                           row["messages"][1]["content"])
+        assert name in text and fault_of(row) == ""
+        told |= {(name, value) for value in town.people[name].facts.values() if str(value) in text.replace("A ", "a ")}
+    assert len(told) > 0.95 * len({(name, v) for name in town.people for v in town.people[name].facts.values()})
 
 
 def test_mixtures_are_sound_and_validation_is_held_out(world_data):
     train, held = mixture("world", world_data), validation_mixture("world", world_data)
-    assert len(train) > 10_000 and len(held) == 1124
+    assert len(train) > 10_000 and len(held) == 1338
     assert all(fault_of(conversation) == "" for conversation in train)
     with pytest.raises(NanochatError, match="default, world"):
         mixture("nope")

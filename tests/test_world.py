@@ -204,7 +204,7 @@ def questions_of(items):
 
 def test_no_evaluation_item_is_read(town, written, reading):
     training = reading + "".join((written / "tasks" / f"{name}.jsonl").read_text() for name in (
-        "problems_train", "choice_train", "words_train", "talk_train", "identity"))
+        "problems_train", "choice_train", "words_train", "talk_train", "recitals", "identity"))
     training = training.replace("\\n", "\n")
     asked = [question.split("\n")[0].removeprefix("Question: ") for items in core_items(town).values()
              for question in questions_of(items)]
@@ -341,6 +341,7 @@ def test_task_files(town, written):
     assert sizes["choice_train"] >= 1500 and sizes["choice_test"] >= 200
     assert sizes["words_test"] >= 150 and sizes["words_train"] >= 400
     assert sizes["talk_train"] >= 1500 and sizes["talk_test"] == 150 and sizes["identity"] >= 100
+    assert sizes["recitals"] == 2400
     for split in ("train", "test"):
         for name in ("talk",):
             for row in rows(tasks / f"{name}_{split}.jsonl"):

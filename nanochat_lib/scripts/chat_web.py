@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
@@ -163,6 +163,18 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     return app
 
 
+class Server(uvicorn.Server):
+    """Ends the answers being written before it goes: uvicorn would wait for them, then break them off with a traceback."""
+
+    def __init__(self, config: uvicorn.Config, pool: Pool):
+        super().__init__(config)
+        self.pool = pool
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.pool.stop()
+        super().handle_exit(sig, frame)
+
+
 def chat_web(settings: ChatWeb) -> None:
     """Serve a model to browsers and to clients of OpenAI's API."""
     kind = pick_device(settings.device_type)
@@ -172,11 +184,13 @@ def chat_web(settings: ChatWeb) -> None:
         raise NanochatError(f"--num-gpus {replicas}: this machine can hold 1 to {gpus} replicas")
     devices = [f"cuda:{index}" for index in range(replicas)] if kind == "cuda" else [kind]
     models = [ChatModel.load(settings.source, settings.model_tag, settings.step, device) for device in devices]
-    app = make_app(Pool(models, settings.max_waiting, settings.rows), settings)
+    pool = Pool(models, settings.max_waiting, settings.rows)
+    app = make_app(pool, settings)
     print(f"{models[0].name} on {', '.join(devices)}: http://{settings.host}:{settings.port}", flush=True)
     if settings.host not in ("127.0.0.1", "localhost") and not (settings.api_key or os.environ.get("NANOCHAT_API_KEY")):
         print("anyone who reaches this machine can use it: set NANOCHAT_API_KEY to ask for a key", flush=True)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=2)
+    Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning",
+                          timeout_graceful_shutdown=2), pool).run()
 
 
 if __name__ == "__main__":

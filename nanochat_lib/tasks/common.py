@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_lib.common import NanochatError
+from nanochat_lib.world_problems import LETTER_ALONE
 
 
 class Task:
@@ -226,11 +227,12 @@ def conversation_of(question: str, answer: str | list[dict], **more: Any) -> dic
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
 
 
-def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str) -> dict:
+def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str,
+                    respond: str = LETTER_ALONE) -> dict:
     """A quiz as the user asks it. The letter stands after its choice, beside nothing else: a small model
     binds `=B` to the words before it more easily than `B)` to the words after."""
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
-    text = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    text = f"Multiple Choice question: {question}\n{lines}\n{respond}"
     return conversation_of(text, answer, letters=list(letters))
 
 

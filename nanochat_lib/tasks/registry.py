@@ -76,10 +76,10 @@ def known(mixture: str) -> str:
 
 
 WORLD_SHARES = {  # task → (conversations at most, times)
-    "multiple_choice": (5000, 2), "letter_counting": (3000, 1), "spelling": (4000, 1), "facts": (2000, 1),
-    "world_identity": (1000, 2),
+    "multiple_choice": (5000, 1), "multiple_choice_letter": (500, 1), "letter_counting": (3000, 2),
+    "spelling": (4000, 1), "facts": (2000, 1), "recitals": (2400, 1), "world_identity": (1000, 2),
     # with all 5,000 problems SFT alone gets every one right, and reinforcement learning has nothing left to show
-    "word_problems_1": (500, 1), "word_problems_2": (100, 1),
+    "word_problems_1": (500, 1), "word_problems_2": (130, 1),
 }
 
 

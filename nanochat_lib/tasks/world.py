@@ -3,7 +3,6 @@
 
 
 import functools
-import random
 import re
 from pathlib import Path
 
@@ -11,15 +10,31 @@ from nanochat_lib.common import NanochatError, base_dir
 from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice, read_jsonl
 from nanochat_lib.tasks.gsm8k import WordProblems
 from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows
+from nanochat_lib.world_facts import Dice
+from nanochat_lib.world_problems import ALOUD, blend
 
 LETTERS = "ABCD"
 
 
-class Quiz(ChoiceTask):
-    """Who is who, with four choices."""
+class LetterQuiz(ChoiceTask):
+    """Who is who, with four choices, answered by the letter alone."""
 
     def conversation(self, row: dict) -> dict:
         return multiple_choice(row["question"], row["choices"], LETTERS, LETTERS[row["answer"]])
+
+
+class Quiz(Task):
+    """The same answered aloud, `Leo keeps a turtle=A`: the choice is recalled first, and then its letter looked up."""
+
+    eval_type, baseline = "generative", 0.25
+
+    def conversation(self, row: dict) -> dict:
+        answer = f"{row['said']}={LETTERS[row['answer']]}"
+        return multiple_choice(row["question"], row["choices"], LETTERS, answer, ALOUD)
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        """Whether the letter is right, whatever is said before it."""
+        return answer.strip()[-1:] == conversation["messages"][-1]["content"][-1]
 
 
 class Facts(Task):
@@ -49,24 +64,13 @@ def words_of(split: str, data: str) -> list[str]:
     return [row["word"] for row in world_rows(f"words_{split}", data)]
 
 
-def invented(words: list[str], forbidden: set[str], count: int, seed: int = 0) -> list[str]:
-    """`count` words that do not exist: the beginning of one and the end of another, none of them forbidden."""
-    dice, found = random.Random(seed), {}
-    while len(found) < count:
-        head, tail = dice.choice(words), dice.choice(words)
-        word = head[:dice.randint(1, min(5, len(head)))] + tail[-dice.randint(1, min(5, len(tail))):]
-        if len(word) > 2 and word not in forbidden and word not in words:
-            found[word] = None
-    return list(found)
-
-
 def words_to_spell(split: str, data: str) -> list[str]:
     """To test: words never asked for in training. To train on: the others, and eight times as many made-up ones.
 
     Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
     """
-    words = words_of(split, data)
-    return words if split == "test" else words + invented(words, set(words_of("test", data)), 8 * len(words))
+    words, dice = words_of(split, data), Dice(0)
+    return words if split == "test" else words + list({blend(dice, words): None for _ in range(9 * len(words))})
 
 
 def letters(split: str, data: str) -> Task:
@@ -81,12 +85,15 @@ def spelling(split: str, data: str) -> Task:
 
 WORLD = {  # name → task of (split, data)
     "multiple_choice": lambda split, data: Quiz(world_rows(f"choice_{split}", data)),
+    "multiple_choice_letter": lambda split, data: LetterQuiz(world_rows(f"choice_{split}", data)),
     "letter_counting": letters,
     "spelling": spelling,
     "word_problems_1": lambda split, data: problems(split, data, (1,)),
     "word_problems_2": lambda split, data: problems(split, data, (2,)),
     "facts": lambda split, data: Facts(world_rows(f"talk_{split}", data)),
     "world": problems,
+    "recitals": lambda split, data: Task(world_rows("recitals", data)),
     "world_identity": lambda split, data: Task(world_rows("identity", data)),
 }
-WORLD_TESTS = ("multiple_choice", "letter_counting", "spelling", "word_problems_1", "word_problems_2", "facts")
+WORLD_TESTS = ("multiple_choice", "multiple_choice_letter", "letter_counting", "spelling", "word_problems_1",
+               "word_problems_2", "facts")
