@@ -861,8 +861,8 @@ for one in range(len(maps)):
             print(f"without layer {one}, head {other}: {sureness():.2f}")
 
 # %% [markdown]
-# Two heads of the last layer share the copying in this run of the `laptop` preset; in another, one head did it alone
-# and without it the numbers' probability fell to 0.01. (The tour's model has not learned to copy yet.) Heads that find
+# One head of the last layer does most of the copying in this run of the `laptop` preset; in another, two shared it.
+# (The tour's model has not learned to copy yet.) Heads that find
 # what came before are among the first things that attention learns, and much of what looks like reasoning stands on
 # them (Olsson et al., *In-context Learning and Induction Heads*, 2022).
 
