@@ -315,7 +315,7 @@ def rhyme(t: Teller) -> str:
     return f"In the {colour} picture there is a {one}, and beside the {one} a {two}. Nobody sees the {three}."
 
 
-# Kind of document → its share of the documents, in percent.
+# Kind of document → its weight among the documents.
 KINDS = {portrait: 8, register: 2, letter: 2, diary: 2, story: 2, family: 2, roll: 2, questions: 4, comparison: 3, dialogue: 2,
          quizzes: 10, matching: 10, echo: 4, codes: 5, sums: 20, numbers: 1, spelling: 10, counting: 8, problems: 8, notice: 1,
          price_list: 1, calendar: 1, rhyme: 1}

@@ -60,7 +60,7 @@ def test_size(town):
     for person in town.people.values():
         assert len(person.facts) >= 10
     assert len(town.facts) >= 700 and len(town.villages) == 8
-    assert len(world_text.KINDS) >= 8 and sum(world_text.KINDS.values()) == 100
+    assert len(world_text.KINDS) >= 8 and min(world_text.KINDS.values()) >= 1
     assert len(set(WORDS)) == len(WORDS) >= 600
 
 
