@@ -284,6 +284,7 @@ def test_cli_in_a_terminal_ctrl_c_ends_the_answer_not_the_chat(base_dir, checkpo
         terminal.expect(r"hello[^>]{40}")  # the echo, and an answer that has begun
         terminal.type("\x03")
         terminal.expect(r"\[stopped\][^>]*> ")
+        time.sleep(0.5)  # Python's readline loses a Ctrl-C that comes while it prints the prompt
         terminal.type("\x03")  # at the prompt: help, not the end
         terminal.expect(r"/quit leaves[^>]*> ")
         terminal.type("/retry\r")
