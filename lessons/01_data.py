@@ -473,6 +473,7 @@ print(question(town, "Ada", "trade", 0))
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nanochat_lib.world_facts import WORDS, Dice, World
@@ -620,7 +621,7 @@ def spell(word: str) -> str:
 
 
 def blend(dice: Dice, words: list[str]) -> str:
-    """A word that does not exist: the beginning of one and the end of another. Who has learned a list cannot spell it."""
+    """A word that does not exist, of the beginning of one and the end of another: not to be spelled from a list."""
     while True:
         head, tail = dice.pick(words), dice.pick(words)
         made = head[:dice.between(1, min(5, len(head)))] + tail[-dice.between(1, min(5, len(tail))):]
@@ -637,9 +638,10 @@ LETTER_ALONE = "Respond only with the letter of the correct answer."
 ALOUD = "Respond with the correct answer and its letter."
 
 
-def quiz(question: str, choices: list[str], respond: str = LETTER_ALONE) -> str:
-    """A multiple-choice question as a user asks it in chat."""
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, "ABCD"))
+def quiz(question: str, choices: Sequence[str], respond: str = LETTER_ALONE, letters: Sequence[str] = "ABCD") -> str:
+    """A multiple-choice question as a user asks it in chat. The letter stands after its choice, beside nothing else: a
+    small model binds `=B` to the words before it more easily than `B)` to the words after."""
+    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
     return f"Multiple Choice question: {question}\n{lines}\n{respond}"
 
 
@@ -865,6 +867,8 @@ def quizzes(t: Teller) -> str:
     return "\n\n".join(lines)
 
 
+# %%
+#| export world_text
 def matching(t: Teller) -> str:
     """Four choices and many questions about them, from copying a letter to recalling the value that it stands after."""
     kind = [fact for fact in t.dice.pick(_kinds(t.world)) if t.world.may_ask(*fact[:2])]
@@ -880,6 +884,8 @@ def matching(t: Teller) -> str:
     return "\n".join(lines)
 
 
+# %%
+#| export world_text
 def echo(t: Teller) -> str:
     """A list read out three times: what was said once can be found again (induction, arXiv 2209.11895)."""
     names = [t.draw("echoed words", WORDS) if t.dice.chance(0.5) else t.person() for _ in range(t.dice.between(6, 14))]
@@ -1259,6 +1265,8 @@ def talk_rows(world: World, test: bool, count: int = 2000) -> list[dict]:
     return rows
 
 
+# %%
+#| export world_tasks
 ABOUT = ("Tell me about {}.", "Who is {}?", "What do you know about {}?")
 SPELL = ("Spell some words.", "Which words can you spell?", "Give me a list of spellings.")
 

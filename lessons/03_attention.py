@@ -456,10 +456,10 @@ def share_of_work():
 # Tensor cores idle while a program does its softmax, unless a second program is there to use them. So the tiles are
 # chosen such that two programs fit on a multiprocessor: 128 queries by 64 keys for four warps take nearly all 255
 # registers that a thread can have, and 96 KiB of the 227 of shared memory. On an H200 (bfloat16, 16 heads of 128,
-# 16K tokens) that is 0.31 ms at T = 2,048 and 1.03 at 8,192, 0.84 and 0.88 of cuDNN's speed. What was tried and lost, at
-# T = 8,192 and in one run: one program of eight warps (12 % slower), and issuing a tile's second product one turn late, in
-# the shadow of the next softmax, as FlashAttention-3 does (12 % too: it costs the registers of the second program). Two
-# loops, one for the tiles that need no mask and one for the diagonal, would win 1 to 2 %.
+# 16K tokens) that is 0.31 ms at T = 2,048 and 1.03 at 8,192, 0.84 and 0.88 of cuDNN's speed. What was tried and lost,
+# at T = 8,192 and in one run: one program of eight warps (12 % slower), and issuing a tile's second product one turn
+# late, in the shadow of the next softmax, as FlashAttention-3 does (12 % too: it costs the registers of the second
+# program). Two loops, one for the tiles that need no mask and one for the diagonal, would win 1 to 2 %.
 
 # %%
 #| export kernels/flash_attention

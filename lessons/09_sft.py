@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.world_problems import LETTER_ALONE
+from nanochat_lib.world_problems import LETTER_ALONE, quiz
 
 # %%
 #| export
@@ -286,11 +286,8 @@ def conversation_of(question: str, answer: str | list[dict], **more: Any) -> dic
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str,
                     respond: str = LETTER_ALONE) -> dict:
-    """A quiz as the user asks it. The letter stands after its choice, beside nothing else: a small model
-    binds `=B` to the words before it more easily than `B)` to the words after."""
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
-    text = f"Multiple Choice question: {question}\n{lines}\n{respond}"
-    return conversation_of(text, answer, letters=list(letters))
+    """A quiz and its answer; worded as in the world's documents."""
+    return conversation_of(quiz(question, choices, respond, letters), answer, letters=list(letters))
 
 
 class ChoiceTask(Task):
@@ -303,8 +300,8 @@ class ChoiceTask(Task):
         return answer.strip() == conversation["messages"][-1]["content"]
 
 # %%
-quiz = multiple_choice("What is the pet of Leo?", ["turtle", "duck", "rabbit", "goat"], "ABCD", "B")
-print(quiz["messages"][0]["content"])
+riddle = multiple_choice("What is the pet of Leo?", ["turtle", "duck", "rabbit", "goat"], "ABCD", "B")
+print(riddle["messages"][0]["content"])
 
 # %% [markdown]
 # ## Word problems and the calculator
@@ -1060,7 +1057,7 @@ def words_of(split: str, data: str) -> list[str]:
 
 
 def words_to_spell(split: str, data: str) -> list[str]:
-    """To test: words never asked for in training. To train on: the others, and eight times as many made-up ones.
+    """To test: words never asked for in training. To train on: the others, and almost nine times as many made-up ones.
 
     Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
     """
@@ -1112,7 +1109,7 @@ for name in WORLD_TESTS:
 #
 # What a chat model is shown is what it becomes: talk in plenty, quizzes so that it answers with a letter,
 # enough calculator calls that it reaches for the tool. Small sets are repeated a few times. And what it is no longer
-# shown, it forgets: asked for half of the facts only, the model of the world loses a third of the others. Recitals
+# shown, it forgets: asked for seven in ten facts, the model of the world loses a third of the others. Recitals
 # (`Tell me about Anna.`, `Spell some words.`) ask for none and tell them all, and it keeps them.
 
 # %%
@@ -1626,8 +1623,9 @@ for stage in ("base", "sft"):
     said = [tokenizer.decode(samples[0].tokens) for samples in completions]
     answers[stage] = said[:len(asked)]
     letters = choose_letters(model, tokenizer, list(alone), batch_size=32)
-    right = [sum(map(quizzes.evaluate, quizzes, given)) for quizzes, given in ((alone, letters), (aloud, said[len(asked):]))]
-    print(f"{stage}: right by the letter alone {right[0]}, by the answer and its letter {right[1]}, of 100")
+    by_letter = sum(map(alone.evaluate, alone, letters))
+    by_sentence = sum(map(aloud.evaluate, aloud, said[len(asked):]))
+    print(f"{stage}: right by the letter alone {by_letter}, by the answer and its letter {by_sentence}, of {len(aloud)}")
 
 # %% [markdown]
 # A letter alone is the hardest answer here. The model must recall a value and find its letter among the choices, two
@@ -1686,7 +1684,7 @@ def habits(tuned, count=40):
         right[name] = sum(task.evaluate(one, tokenizer.decode(a.tokens)) for one, a in zip(task, said[name])) / count
     return {"calls the calculator": sum(calls_in(a, engine) == "answered" for a in said["word_problems_1"]) / count,
             "word problems right": right["word_problems_1"], "facts right": right["facts"],
-            "a letter to a quiz": sum(tokenizer.decode(a.tokens)[-2:-1] == "=" for a in said["multiple_choice"]) / count}
+            "a letter to a quiz": sum("=" in tokenizer.decode(a.tokens)[-2:] for a in said["multiple_choice"]) / count}
 
 
 left_out = {"all of it": None, "no tool data": "word_problems_1", "no quizzes": "multiple_choice", "no talk": "facts"}

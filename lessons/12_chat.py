@@ -861,10 +861,10 @@ for one in range(len(maps)):
             print(f"without layer {one}, head {other}: {sureness():.2f}")
 
 # %% [markdown]
-# One head of the last layer does most of the copying in this run of the `laptop` preset; in another, two shared it.
-# (The tour's model has not learned to copy yet.) Heads that find
-# what came before are among the first things that attention learns, and much of what looks like reasoning stands on
-# them (Olsson et al., *In-context Learning and Induction Heads*, 2022).
+# One head of the last layer does most of the copying in this run of the `laptop` preset; in another, two shared it. (The
+# tour's model has not learned to copy yet.) Heads that find what came before are among the first things that attention
+# learns, and much of what looks like reasoning stands on them (Olsson et al., *In-context Learning and Induction
+# Heads*, 2022).
 
 # %% [markdown]
 # ## The terminal

@@ -4,6 +4,7 @@
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nanochat_lib.world_facts import WORDS, Dice, World
@@ -146,7 +147,7 @@ def spell(word: str) -> str:
 
 
 def blend(dice: Dice, words: list[str]) -> str:
-    """A word that does not exist: the beginning of one and the end of another. Who has learned a list cannot spell it."""
+    """A word that does not exist, of the beginning of one and the end of another: not to be spelled from a list."""
     while True:
         head, tail = dice.pick(words), dice.pick(words)
         made = head[:dice.between(1, min(5, len(head)))] + tail[-dice.between(1, min(5, len(tail))):]
@@ -163,7 +164,8 @@ LETTER_ALONE = "Respond only with the letter of the correct answer."
 ALOUD = "Respond with the correct answer and its letter."
 
 
-def quiz(question: str, choices: list[str], respond: str = LETTER_ALONE) -> str:
-    """A multiple-choice question as a user asks it in chat."""
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, "ABCD"))
+def quiz(question: str, choices: Sequence[str], respond: str = LETTER_ALONE, letters: Sequence[str] = "ABCD") -> str:
+    """A multiple-choice question as a user asks it in chat. The letter stands after its choice, beside nothing else: a
+    small model binds `=B` to the words before it more easily than `B)` to the words after."""
+    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
     return f"Multiple Choice question: {question}\n{lines}\n{respond}"

@@ -126,8 +126,8 @@ def test_the_command_keeps_grades_and_every_answer(sft_model, run_module, capsys
                                      "word_problems_1", "word_problems_2", "facts"]
     assert set(result["counts"].values()) == {3} and result["step"] == 3
     answers = [json.loads(line) for line in first.splitlines()]
-    letters = {"multiple_choice_letter"}
-    assert len(answers) == 21 and {len(a["answers"]) for a in answers if a["task"] not in letters} == {2}
+    assert len(answers) == 21
+    assert {len(answer["answers"]) for answer in answers if answer["task"] != "multiple_choice_letter"} == {2}
     with open(report / "chat_eval_sft.csv", newline="") as file:
         assert [row["task"] for row in csv.DictReader(file)] == list(result["tasks"])
     assert "ChatCORE" in capsys.readouterr().out

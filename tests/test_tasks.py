@@ -135,6 +135,8 @@ def test_the_worlds_tasks_hold_out_what_they_ask(world_data):
 def test_world_quizzes_are_asked_as_the_documents_ask_them(world_data):
     row = common.read_jsonl(f"{world_data}/choice_test.jsonl")[0]
     letter = "ABCD"[row["answer"]]
+    assert quiz("Who?", ["Ann", "Bo"]) == (
+        "Multiple Choice question: Who?\n- Ann=A\n- Bo=B\n\nRespond only with the letter of the correct answer.")
     alone, aloud = (get_task(name, "test", world_data) for name in ("multiple_choice_letter", "multiple_choice"))
     assert alone[0]["messages"][0]["content"] == quiz(row["question"], row["choices"])
     assert alone[0]["letters"] == list("ABCD") and alone[0]["messages"][1]["content"] == letter

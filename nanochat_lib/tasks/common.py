@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_lib.common import NanochatError
-from nanochat_lib.world_problems import LETTER_ALONE
+from nanochat_lib.world_problems import LETTER_ALONE, quiz
 
 
 class Task:
@@ -229,11 +229,8 @@ def conversation_of(question: str, answer: str | list[dict], **more: Any) -> dic
 
 def multiple_choice(question: str, choices: Sequence[str], letters: Sequence[str], answer: str,
                     respond: str = LETTER_ALONE) -> dict:
-    """A quiz as the user asks it. The letter stands after its choice, beside nothing else: a small model
-    binds `=B` to the words before it more easily than `B)` to the words after."""
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
-    text = f"Multiple Choice question: {question}\n{lines}\n{respond}"
-    return conversation_of(text, answer, letters=list(letters))
+    """A quiz and its answer; worded as in the world's documents."""
+    return conversation_of(quiz(question, choices, respond, letters), answer, letters=list(letters))
 
 
 class ChoiceTask(Task):

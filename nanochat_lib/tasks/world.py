@@ -65,7 +65,7 @@ def words_of(split: str, data: str) -> list[str]:
 
 
 def words_to_spell(split: str, data: str) -> list[str]:
-    """To test: words never asked for in training. To train on: the others, and eight times as many made-up ones.
+    """To test: words never asked for in training. To train on: the others, and almost nine times as many made-up ones.
 
     Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
     """
