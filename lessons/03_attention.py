@@ -1642,74 +1642,75 @@ def blocked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window:
 class BandAttention(torch.autograd.Function):
     """Windowed attention as batched products over cache-sized blocks; keeps weights for backward while they are few."""
 
-    BLOCK, CHUNK = 64, 1 << 17  # queries a block; scores a chunk and thread (512 KiB in float32, half an L2 cache)
+    BLOCK, CHUNK = 128, 1 << 18  # queries a block; scores a chunk and thread (1 MiB in float32, half an L2 cache)
     KEEP = 1 << 28  # bytes of weights; above that backward computes them again
 
     @staticmethod
-    def heads(x: torch.Tensor, H: int) -> torch.Tensor:
-        """(B, T, h, D) → contiguous (B · H, T, D), each key head repeated for its group of queries."""
-        return x.transpose(1, 2).repeat_interleave(H // x.size(2), dim=1).reshape(-1, x.size(1), x.size(3))
+    def plan(q: torch.Tensor, k: torch.Tensor, window: int) -> tuple[list, list]:
+        """Heads taken together: (row, heads, key heads); blocks of queries: (which, keys they see, added to scores)."""
+        (B, T, H, D), group, block, hidden, blocks = q.shape, q.size(2) // k.size(2), BandAttention.BLOCK, {}, []
+        for start in range(0, T, block):
+            t = torch.arange(max(0, start - window), min(start + block, T))
+            if (shape := (min(start + block, T) - start, len(t))) not in hidden:  # most blocks are alike
+                unseen = ~visible(t[-shape[0]:], t, window)
+                hidden[shape] = torch.zeros(shape, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
+            blocks.append((slice(start, start + block), slice(max(0, start - window), start + block), hidden[shape]))
+        fit = max(1, BandAttention.CHUNK * torch.get_num_threads() // (block * (window + block)))
+        chunk = min(H, fit) if group == 1 else 1  # heads that share keys add to one gradient, so one after the other
+        heads = [(b, slice(h, h + chunk), slice(h // group, h // group + chunk))
+                 for b in range(B) for h in range(0, H, chunk)]
+        return heads, blocks
 
     @staticmethod
-    def plan(q: torch.Tensor, window: int) -> tuple[int, list]:
-        """How many heads to a chunk; and for each block of queries start, end, first key, what to add to scores."""
-        T, block, t, hidden = q.size(1), BandAttention.BLOCK, torch.arange(q.size(1)), {}
-        blocks = [(start, min(start + block, T), max(0, start - window)) for start in range(0, T, block)]
-        for start, end, first in blocks:  # most blocks are alike
-            if (shape := (end - start, end - first)) not in hidden:
-                unseen = ~visible(t[start:end], t[first:end], window)
-                hidden[shape] = torch.zeros(shape, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
-        chunk = max(1, BandAttention.CHUNK * torch.get_num_threads() // (block * (window + block)))
-        return chunk, [(*place, hidden[place[1] - place[0], place[1] - place[2]]) for place in blocks]
+    def rooms(q: torch.Tensor, heads: list, blocks: list) -> tuple[int, int]:
+        """Numbers that all weights take, and those of the largest block."""
+        sizes = [hide.numel() for *_, hide in blocks]
+        return q.size(0) * q.size(2) * sum(sizes), (heads[0][1].stop - heads[0][1].start) * max(sizes)
 
     @staticmethod
     def weights(room: torch.Tensor, hide: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Softmax of q @ kᵀ + hide, written into `room`."""
+        """Softmax of q @ kᵀ / √D + hide, written into `room`."""
         p = room[:len(q) * hide.numel()].view(-1, *hide.shape)
-        torch.baddbmm(hide, q, k.transpose(1, 2), out=p)
+        torch.baddbmm(hide, q, k.transpose(1, 2), alpha=q.size(-1)**-0.5, out=p)
         return torch.softmax(p, -1, out=p)
 
     @staticmethod
     def forward(ctx, q, k, v, window):
-        (B, T, H, D), (chunk, blocks), given = q.shape, BandAttention.plan(q, window), (q, k, v)
-        q, k, v = (BandAttention.heads(x, H) for x in (q * D**-0.5, k, v))
-        number = B * H * sum(hide.numel() for *_, hide in blocks)
+        heads, blocks = ctx.plan = BandAttention.plan(q, k, window)
+        number, most = BandAttention.rooms(q, heads, blocks)
         keep = any(ctx.needs_input_grad) and number * q.element_size() <= BandAttention.KEEP
-        most = min(chunk, B * H) * max(hide.numel() for *_, hide in blocks)
         out, room, used = torch.empty_like(q), q.new_empty(number if keep else most), 0
-        for head in range(0, B * H, chunk):
-            qs, ks, vs, result = (x[head:head + chunk] for x in (q, k, v, out))
-            for start, end, first, hide in blocks:
-                p = BandAttention.weights(room[used:], hide, qs[:, start:end], ks[:, first:end])
-                torch.bmm(p, vs[:, first:end], out=result[:, start:end])
+        for b, mine, theirs in heads:
+            qs, ks, vs, outs = (x[b, :, h].transpose(0, 1) for x, h in zip((q, k, v, out), (mine, theirs, theirs, mine)))
+            for at, seen, hide in blocks:
+                p = BandAttention.weights(room[used:], hide, qs[:, at], ks[:, seen])
+                torch.bmm(p, vs[:, seen], out=outs[:, at])
                 used += p.numel() if keep else 0
-        ctx.save_for_backward(*given, room if keep else None)
-        ctx.chunk, ctx.blocks, ctx.most = chunk, blocks, most
-        return out.view(B, H, T, D).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, room if keep else None)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, kept = ctx.saved_tensors
-        (B, T, H, D), KVH, used = q.shape, k.size(2), 0
-        q, k, v, g = (BandAttention.heads(x, H) for x in (q * D**-0.5, k, v, grad))
+        (q, k, v, kept), (heads, blocks), used = ctx.saved_tensors, ctx.plan, 0
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        room, more = q.new_empty(ctx.most if kept is None else 0), q.new_empty(ctx.most)
-        for head in range(0, B * H, ctx.chunk):
-            qs, ks, vs, gs, dqs, dks, dvs = (x[head:head + ctx.chunk] for x in (q, k, v, g, dq, dk, dv))
-            for start, end, first, hide in ctx.blocks:
+        most, scale = BandAttention.rooms(q, heads, blocks)[1], q.size(-1)**-0.5
+        room, more = q.new_empty(most if kept is None else 0), q.new_empty(most)
+        for b, mine, theirs in heads:
+            qs, gs, dqs = (x[b, :, mine].transpose(0, 1) for x in (q, grad, dq))
+            ks, vs, dks, dvs = (x[b, :, theirs].transpose(0, 1) for x in (k, v, dk, dv))
+            for at, seen, hide in blocks:
                 if kept is None:
-                    p = BandAttention.weights(room, hide, qs[:, start:end], ks[:, first:end])
+                    p = BandAttention.weights(room, hide, qs[:, at], ks[:, seen])
                 else:
                     p = kept[used:used + len(qs) * hide.numel()].view(-1, *hide.shape)
                     used += p.numel()
-                dvs[:, first:end].baddbmm_(p.transpose(1, 2), gs[:, start:end])
-                dp = torch.bmm(gs[:, start:end], vs[:, first:end].transpose(1, 2), out=more[:p.numel()].view_as(p))
+                dvs[:, seen].baddbmm_(p.transpose(1, 2), gs[:, at])
+                dp = torch.bmm(gs[:, at], vs[:, seen].transpose(1, 2), out=more[:p.numel()].view_as(p))
                 ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-                torch.bmm(ds, ks[:, first:end], out=dqs[:, start:end])
-                dks[:, first:end].baddbmm_(ds.transpose(1, 2), qs[:, start:end])
-        dk, dv = (x.view(B, KVH, H // KVH, T, D).sum(2) for x in (dk, dv))  # over the queries of a key head's group
-        return dq.mul_(D**-0.5).view(B, H, T, D).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+                torch.baddbmm(dqs[:, at], ds, ks[:, seen], beta=0, alpha=scale, out=dqs[:, at])
+                dks[:, seen].baddbmm_(ds.transpose(1, 2), qs[:, at], alpha=scale)
+        return dq, dk, dv, None
 
 # %% [markdown]
 # ## Choosing
@@ -2261,7 +2262,7 @@ def roof_rows(bench: Bench) -> None:
 
 def cpu_rows(bench: Bench) -> None:
     """What a CPU can race: a window against the full context, the loss against the plain formula."""
-    q, k, v = (torch.randn(1, 2048, 4, 64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2048, 16, 128, requires_grad=True) for _ in range(3))
     pull = torch.randn_like(q)
 
     def both(window):

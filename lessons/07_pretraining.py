@@ -2649,8 +2649,8 @@ import torch.nn.functional as F
 import tyro
 
 from nanochat_lib.budget import peak_flops
-from nanochat_lib.common import (NanochatError, Runtime, base_dir, peak_memory_bytes, pick_device, print0, run_cli,
-                                 write_json)
+from nanochat_lib.common import (NanochatError, Runtime, base_dir, keep_freed_memory, peak_memory_bytes, pick_device,
+                                 print0, run_cli, write_json)
 from nanochat_lib.dataloader import BUFFER, BestFit
 from nanochat_lib.evaluation import read_bundle, read_items, tokenize
 from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
@@ -2696,6 +2696,7 @@ def sized(settings: TrainBench) -> tuple[torch.device, GPTConfig, int]:
 def be_contestant(settings: TrainBench) -> dict:
     """Train for some steps, one way: seconds of each step and of its optimizer, peak memory, loss, dtype."""
     device, config, rows = sized(settings)
+    keep_freed_memory()  # as every command does, for all contestants
     dtype = torch.float32 if settings.way == "plain" else choose_dtype(device, config.n_embd)
     torch.manual_seed(0)
     model = build_model(config, device)

@@ -172,7 +172,7 @@ def roof_rows(bench: Bench) -> None:
 
 def cpu_rows(bench: Bench) -> None:
     """What a CPU can race: a window against the full context, the loss against the plain formula."""
-    q, k, v = (torch.randn(1, 2048, 4, 64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2048, 16, 128, requires_grad=True) for _ in range(3))
     pull = torch.randn_like(q)
 
     def both(window):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -124,3 +125,19 @@ def test_progress_is_silent_off_the_main_process():
     runs = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "RANK": rank}, capture_output=True, text=True)
             for rank in "01"]
     assert "work" in runs[0].stderr and runs[1].stderr == ""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
+def test_freed_memory_is_kept():
+    """What a large tensor took stays with the process once `start` has run, for the next one."""
+    code = """
+import psutil, torch
+from nanochat_lib.common import start
+start("cpu")
+torch.ones(2**20).sum()
+before = psutil.Process().memory_info().rss
+torch.ones(2**26)  # 256 MiB, freed at once
+print(psutil.Process().memory_info().rss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 200 * 2**20
