@@ -1633,57 +1633,64 @@ def blocked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window:
 # %% [markdown]
 # For long texts that leaves something on the table: `scaled_dot_product_attention` takes small tiles when it is given
 # few queries. A block's scores, `block × (window + block)` per head, fit a CPU's cache, so here the three lines of
-# the formula are fast as they stand, block by block. Their gradient we write ourselves, with the same blocks: with
-# weights $p$ and $dp = do\,v^\top$, the softmax gives $ds = p\,(dp - \sum p\,dp)$, and three more products give $dq$,
-# $dk$, $dv$.
+# the formula are fast as they stand, block by block. First the plan: which blocks of queries see which keys, and how
+# many heads are taken at once.
+
+# %%
+#| export plain_attention
+def band_plan(q: torch.Tensor, k: torch.Tensor, window: int, block: int, scores: int) -> tuple[list, list, int]:
+    """How windowed attention is cut: heads taken together, blocks of queries, and the most scores held at once.
+
+    Of heads: (row of the batch, heads, their key heads), as many as have `scores` scores in a block, at least one.
+    Of blocks: (queries, keys that they see, what is added to their scores: 0, or -inf where hidden).
+    """
+    B, T, H, _ = q.shape
+    group, added, blocks = H // k.size(2), {}, []
+    for start in range(0, T, block):
+        end, first = min(start + block, T), max(0, start - window)
+        if (shape := (end - start, end - first)) not in added:  # most blocks are alike
+            t = torch.arange(first, end)
+            hidden = ~visible(t[start - first:], t, window)
+            added[shape] = torch.zeros(shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        blocks.append((slice(start, end), slice(first, end), added[shape]))
+    together = min(H, max(1, scores // (block * (window + block))))
+    if group > 1:  # heads that share keys add to one gradient, so one after the other
+        together = 1
+    heads = [(b, slice(h, h + together), slice(h // group, h // group + together))
+             for b in range(B) for h in range(0, H, together)]
+    return heads, blocks, together * max(hide.numel() for *_, hide in blocks)
+
+
+def band_weights(room: torch.Tensor, hide: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Softmax of q @ kᵀ / √D + hide, written into `room`; q, k: (heads, tokens, D)."""
+    p = room[:len(q) * hide.numel()].view(-1, *hide.shape)
+    torch.baddbmm(hide, q, k.transpose(1, 2), alpha=q.size(-1)**-0.5, out=p)
+    return torch.softmax(p, -1, out=p)
+
+# %% [markdown]
+# The gradient we write ourselves, with the same blocks: with weights $p$ and $dp = do\,v^\top$, the softmax gives
+# $ds = p\,(dp - \sum p\,dp)$, and three more products give $dq$, $dk$, $dv$.
 
 # %%
 #| export plain_attention
 class BandAttention(torch.autograd.Function):
     """Windowed attention as batched products over cache-sized blocks; keeps weights for backward while they are few."""
 
-    BLOCK, CHUNK = 128, 1 << 18  # queries a block; scores a chunk and thread (1 MiB in float32, half an L2 cache)
+    BLOCK, CHUNK = 128, 1 << 18  # queries a block; scores held at once for each thread, 1 MiB in float32
     KEEP = 1 << 28  # bytes of weights; above that backward computes them again
 
     @staticmethod
-    def plan(q: torch.Tensor, k: torch.Tensor, window: int) -> tuple[list, list]:
-        """Heads taken together: (row, heads, key heads); blocks of queries: (which, keys they see, added to scores)."""
-        (B, T, H, D), group, block, hidden, blocks = q.shape, q.size(2) // k.size(2), BandAttention.BLOCK, {}, []
-        for start in range(0, T, block):
-            t = torch.arange(max(0, start - window), min(start + block, T))
-            if (shape := (min(start + block, T) - start, len(t))) not in hidden:  # most blocks are alike
-                unseen = ~visible(t[-shape[0]:], t, window)
-                hidden[shape] = torch.zeros(shape, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
-            blocks.append((slice(start, start + block), slice(max(0, start - window), start + block), hidden[shape]))
-        fit = max(1, BandAttention.CHUNK * torch.get_num_threads() // (block * (window + block)))
-        chunk = min(H, fit) if group == 1 else 1  # heads that share keys add to one gradient, so one after the other
-        heads = [(b, slice(h, h + chunk), slice(h // group, h // group + chunk))
-                 for b in range(B) for h in range(0, H, chunk)]
-        return heads, blocks
-
-    @staticmethod
-    def rooms(q: torch.Tensor, heads: list, blocks: list) -> tuple[int, int]:
-        """Numbers that all weights take, and those of the largest block."""
-        sizes = [hide.numel() for *_, hide in blocks]
-        return q.size(0) * q.size(2) * sum(sizes), (heads[0][1].stop - heads[0][1].start) * max(sizes)
-
-    @staticmethod
-    def weights(room: torch.Tensor, hide: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Softmax of q @ kᵀ / √D + hide, written into `room`."""
-        p = room[:len(q) * hide.numel()].view(-1, *hide.shape)
-        torch.baddbmm(hide, q, k.transpose(1, 2), alpha=q.size(-1)**-0.5, out=p)
-        return torch.softmax(p, -1, out=p)
-
-    @staticmethod
     def forward(ctx, q, k, v, window):
-        heads, blocks = ctx.plan = BandAttention.plan(q, k, window)
-        number, most = BandAttention.rooms(q, heads, blocks)
+        scores = BandAttention.CHUNK * torch.get_num_threads()
+        heads, blocks, most = ctx.plan = band_plan(q, k, window, BandAttention.BLOCK, scores)
+        number = q.size(0) * q.size(2) * sum(hide.numel() for *_, hide in blocks)
         keep = any(ctx.needs_input_grad) and number * q.element_size() <= BandAttention.KEEP
         out, room, used = torch.empty_like(q), q.new_empty(number if keep else most), 0
         for b, mine, theirs in heads:
-            qs, ks, vs, outs = (x[b, :, h].transpose(0, 1) for x, h in zip((q, k, v, out), (mine, theirs, theirs, mine)))
+            qs, outs = (x[b, :, mine].transpose(0, 1) for x in (q, out))
+            ks, vs = (x[b, :, theirs].transpose(0, 1) for x in (k, v))
             for at, seen, hide in blocks:
-                p = BandAttention.weights(room[used:], hide, qs[:, at], ks[:, seen])
+                p = band_weights(room[used:], hide, qs[:, at], ks[:, seen])
                 torch.bmm(p, vs[:, seen], out=outs[:, at])
                 used += p.numel() if keep else 0
         ctx.save_for_backward(q, k, v, room if keep else None)
@@ -1692,16 +1699,15 @@ class BandAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (q, k, v, kept), (heads, blocks), used = ctx.saved_tensors, ctx.plan, 0
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        most, scale = BandAttention.rooms(q, heads, blocks)[1], q.size(-1)**-0.5
+        (q, k, v, kept), (heads, blocks, most), used = ctx.saved_tensors, ctx.plan, 0
+        dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), q.size(-1)**-0.5
         room, more = q.new_empty(most if kept is None else 0), q.new_empty(most)
         for b, mine, theirs in heads:
             qs, gs, dqs = (x[b, :, mine].transpose(0, 1) for x in (q, grad, dq))
             ks, vs, dks, dvs = (x[b, :, theirs].transpose(0, 1) for x in (k, v, dk, dv))
             for at, seen, hide in blocks:
                 if kept is None:
-                    p = BandAttention.weights(room, hide, qs[:, at], ks[:, seen])
+                    p = band_weights(room, hide, qs[:, at], ks[:, seen])
                 else:
                     p = kept[used:used + len(qs) * hide.numel()].view(-1, *hide.shape)
                     used += p.numel()

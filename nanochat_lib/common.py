@@ -132,17 +132,18 @@ class Runtime:
         return self.rank == 0
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names in malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed for the next allocation; elsewhere nothing changes.
+    """Let Linux's C library (glibc) keep freed memory for the next tensor; with another one nothing changes.
 
-    By default large tensors go back to the system at once, and each step pays for clearing the same pages again.
+    By default it hands large tensors back to the system at once, and each step pays for clearing the same pages again.
     """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
-        mallopt(M_MMAP_MAX, 0)  # no memory map of its own for a large tensor
-        mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)  # no pages of its own for a large tensor: it lies on the heap
+        library.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
 def start(device_type: str = "", seed: int = 42) -> Runtime:

@@ -50,13 +50,12 @@ def adamw_pieces(tensors: list[torch.Tensor], step: int, lr: float, betas: tuple
     """`adamw_step` of one large tensor on a CPU; tensors: weights, gradient, first and second moment."""
     settings = dict(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=False,
                     maximize=False)
-    count, piece = torch.tensor(float(step)), PIECE * torch.get_num_threads()
-    room = torch.empty(2, piece)  # for what is not float32, again and again: new memory would cost more than the step
-    for w, g, m, v in zip(*(tensor.view(-1).split(piece) for tensor in tensors)):
-        wide = [x if x.dtype == torch.float32 else place[:len(x)].copy_(x) for x, place in zip((w, g), room)]
-        torch._fused_adamw_([wide[0]], [wide[1]], [m], [v], [], [count], **settings)
-        if wide[0] is not w:
-            w.copy_(wide[0])
+    count = torch.tensor(float(step))
+    for w, g, m, v in zip(*(tensor.view(-1).split(PIECE * torch.get_num_threads()) for tensor in tensors)):
+        wide = w.float()  # w itself if it is float32
+        torch._fused_adamw_([wide], [g.float()], [m], [v], [], [count], **settings)
+        if wide is not w:
+            w.copy_(wide)
 
 
 def fast_adamw(weights: list[torch.Tensor], gradients: list[torch.Tensor], first: list[torch.Tensor],

@@ -69,7 +69,8 @@ def sized(settings: TrainBench) -> tuple[torch.device, GPTConfig, int]:
 def be_contestant(settings: TrainBench) -> dict:
     """Train for some steps, one way: seconds of each step and of its optimizer, peak memory, loss, dtype."""
     device, config, rows = sized(settings)
-    keep_freed_memory()  # as every command does, for all contestants
+    if device.type == "cpu" and settings.way != "plain":
+        keep_freed_memory()  # as `start` does
     dtype = torch.float32 if settings.way == "plain" else choose_dtype(device, config.n_embd)
     torch.manual_seed(0)
     model = build_model(config, device)
