@@ -2554,16 +2554,17 @@ def base_eval(settings: BaseEval) -> None:
 #
 # | measured | ours against plain |
 # |---|---|
-# | CPU, depth 4, vocabulary 32,768: tokens a second of one core | 3.0 × (1.8 × in float32); of two cores 2.7 × |
-# | the same: peak memory | 0.35 × |
-# | the same: the optimizer's part of a step | 6 to 6.5 % |
+# | CPU, depth 4, vocabulary 32,768: tokens a second of one core | 4.7 × (2.0 × in float32); of two cores 4.4 to 5.1 × |
+# | the same: peak memory | 0.37 × (0.47 × in float32) |
+# | the same: the optimizer's part of a step | 9 to 10 % (7.5 % in float32) |
 # | rows packed a second, against a linear search | 14 × |
 # | saving: training stands still for | 3 % of its time |
 # | CORE with ten examples: questions a second, against one by one | 18 × |
 #
-# That was a processor with AVX512-BF16; for a model at least 256 wide `choose_dtype` then takes bfloat16 by itself. On
-# one H200 (`docs/training.json`) a compiled model of depth 12 trains on 597,000 tokens a second, 46 % of what the chip's
-# matrix units can do; with full windows in every layer on 582,000, of which each costs more arithmetic: 52 %.
+# That was a processor that multiplies bfloat16 itself (AVX512-BF16, AMX); for a model at least 256 wide `choose_dtype`
+# then takes bfloat16. On one H200 (`docs/training.json`) a compiled model of depth 12 trains on 597,000 tokens a second,
+# 46 % of what the chip's matrix units can do; with full windows in every layer on 582,000, of which each costs more
+# arithmetic: 52 %.
 
 # %%
 #| export plain
