@@ -1340,7 +1340,7 @@ class ConversationLoader:
         """Where the loader stands; a loader made with it goes on exactly there."""
         share = None if isinstance(self.share, range) else self.share
         return {"epoch": self.epoch, "cursor": self.cursor, "cut": self.cut, "dropped": self.dropped, "share": share,
-                "buffer": [rendered.index for _, rendered in sorted(self.buffer.documents.items())]}
+                "buffer": [rendered.index for rendered in self.buffer]}
 
     def go_to(self, state: dict | Sequence[dict]) -> None:
         """Stand where a state says; what another number of ranks had left of a pass is dealt anew."""

@@ -148,11 +148,12 @@ class Sampling:
 class Answer:
     """The answer to a conversation: iterate for its pieces; `content` is what it has said so far.
 
+    `top` likeliest tokens are noted at each place; `number` tells answers to one question apart, if they share a seed.
     Raises NanochatError if the conversation leaves no room in the context.
     """
 
-    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling, top: int = 0):
-        self.model, self.sampling, self.top = model, sampling, top  # `top` likeliest tokens are noted at each place
+    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling, top: int = 0, number: int = 0):
+        self.model, self.sampling, self.top, self.number = model, sampling, top, number
         self.prompt = model.prompt(messages)
         self.reader = AnswerReader(model.tokenizer, sampling.stop)
         self.said: list[tuple[str, Token]] = []  # each token with the kind of its part

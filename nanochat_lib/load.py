@@ -20,8 +20,8 @@ WRONG = [("messages", value) for value in (  # in place of a field of a good req
 ] + [("temperature", value) for value in (-1, 2.5, "hot", [], True, 1e999)] + [
     ("max_tokens", value) for value in (0, -5, 5000, 1.5, "many", {})] + [
     ("top_p", value) for value in (0, 1.1, "x")] + [("top_k", value) for value in (-1, 201, 0.5)] + [
-    ("n", 3), ("stop", 5), ("stop", [""]), ("stop", ["a"] * 5), ("seed", "x"), ("seed", 10**30), ("stream", "yes"),
-    ("stream_options", 3), ("logprobs", 1), ("top_logprobs", 5), ("model", "gpt-0"), ("model", {"a": []}),
+    ("n", 0), ("n", 17), ("stop", 5), ("stop", [""]), ("stop", ["a"] * 5), ("seed", "x"), ("seed", 10**30),
+    ("stream", "yes"), ("stream_options", 3), ("logprobs", 1), ("top_logprobs", 5), ("model", "gpt-0"), ("model", {"a": []}),
     ("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"})]
 RAW = [b"", b"{", b"null", b"[]", b'"hi"', b"\xff\xfe\x00", b"[" * 50_000, b'{"messages": ' + b"9" * 5000 + b"}",
        b" " * (1 << 20) + b" {}"]

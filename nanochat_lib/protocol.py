@@ -9,20 +9,21 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 
 from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling
 from nanochat_lib.common import NanochatError
-from nanochat_lib.serving import Broken
+from nanochat_lib.serving import Broken, Job
 
 
 MAX_MESSAGES, MAX_CHARACTERS, MAX_CHARACTERS_IN_ALL = 500, 8_000, 32_000
 MAX_TEMPERATURE, MAX_TOP_K, MAX_TOKENS, MAX_TOP_LOGPROBS = 2.0, 200, 4_096, 20
-MAX_STOPS, MAX_STOP_LENGTH = 4, 200
+MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES = 4, 200, 16
 ONLY = {  # parameters of the format that are taken only where they change nothing
-    "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "tools": ([],), "tool_choice": ("none", "auto"),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "tools": ([],), "tool_choice": ("none", "auto"),
     "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "audio": (), "prediction": (), "store": (False,), "echo": (False,),
 }
@@ -122,8 +123,8 @@ def read_messages(body: dict) -> list[dict]:
     return messages
 
 
-def read_request(body: dict, model: ChatModel, defaults: Sampling) -> Answer:
-    """The answer that a request asks for, not yet begun."""
+def read_request(body: dict, model: ChatModel, defaults: Sampling) -> list[Answer]:
+    """The answers that a request asks for (one, or `n`), not yet begun."""
     if body.get("model") not in (None, "", model.name):
         asked = str(body["model"])[:80]
         raise ApiError(404, f"there is no model {asked!r} here: it is {model.name}", "model", "model_not_found")
@@ -139,11 +140,11 @@ def read_request(body: dict, model: ChatModel, defaults: Sampling) -> Answer:
     top = number(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS, int)
     if top and not flag(body, "logprobs"):
         raise ApiError(400, "top_logprobs is given only together with logprobs: true", "top_logprobs")
-    messages = read_messages(body)
+    count, messages = number(body, "n", 1, 1, MAX_CHOICES, int), read_messages(body)
     if body.get("truncation") == "auto":  # as in OpenAI's newer API: leave out the oldest messages that do not fit
         messages = model.fit(messages)
     try:
-        return Answer(model, messages, sampling, top)
+        return [Answer(model, messages, sampling, top, index) for index in range(count)]
     except NanochatError as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
 
@@ -166,89 +167,110 @@ def logprobs(answer: Answer, start: int, end: int) -> dict:
 
 
 class Reply:
-    """One answer in OpenAI's format, whole or as a stream of chunks."""
+    """The answers to one request in OpenAI's format, whole or as a stream of chunks."""
 
-    def __init__(self, answer: Answer, include_usage: bool, with_logprobs: bool = False):
-        self.answer, self.include_usage, self.with_logprobs = answer, include_usage, with_logprobs
-        self.read = self.told = 0  # tokens behind the pieces taken so far; those whose log-probabilities have been sent
-        self.events: asyncio.Queue[tuple[Piece | Exception | None, int]] = asyncio.Queue()
+    def __init__(self, answers: list[Answer], include_usage: bool, with_logprobs: bool = False):
+        self.answers, self.include_usage, self.with_logprobs = answers, include_usage, with_logprobs
+        self.read = [0] * len(answers)  # tokens of each answer behind the pieces taken so far
+        self.told = [0] * len(answers)  # those whose log-probabilities have been sent
+        self.events: asyncio.Queue[tuple[int, Piece | Exception | None, int]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": answer.model.name}
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": answers[0].model.name}
 
-    def deliver(self, event: Piece | Exception | None) -> None:
+    def jobs(self) -> list[Job]:
+        """The answers as questions to a pool."""
+        return [Job(answer, partial(self.deliver, index)) for index, answer in enumerate(self.answers)]
+
+    def deliver(self, index: int, event: Piece | Exception | None) -> None:
         """Called in a replica's thread; notes how many tokens there were, which may be more when the piece is sent."""
         with contextlib.suppress(RuntimeError):  # the server has shut down meanwhile
-            self.loop.call_soon_threadsafe(self.events.put_nowait, (event, self.answer.tokens))
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (index, event, self.answers[index].tokens))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces as they come; an error of the replica is an ApiError here, and no business of the client."""
-        while True:
-            event, self.read = await self.events.get()
-            if event is None:
-                return
+    def stop(self) -> None:
+        """End all answers."""
+        for answer in self.answers:
+            answer.stop()
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
+        """(answer, piece) as they come, each answer's last piece None.
+
+        An error of a replica is an ApiError here: what it was is no business of the client.
+        """
+        left = len(self.answers)
+        while left:
+            index, event, self.read[index] = await self.events.get()
             if isinstance(event, Broken):
                 raise ApiError(503, str(event))
             if isinstance(event, Exception):
                 raise ApiError(500, f"the model failed: {type(event).__name__}")
-            yield event
+            left -= event is None
+            yield index, event
 
-    @property
-    def finish_reason(self) -> str:
-        return "length" if self.answer.finish_reason in ("length", "context") else "stop"
+    def finish_reason(self, index: int) -> str:
+        return "length" if self.answers[index].finish_reason in ("length", "context") else "stop"
 
     @property
     def usage(self) -> dict:
-        prompt, completion = len(self.answer.prompt), self.answer.tokens
+        prompt, completion = len(self.answers[0].prompt), sum(answer.tokens for answer in self.answers)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def whole(self, request: Request) -> dict:
-        """The response object. Should the client go away, its answer ends (and nobody reads this)."""
+        """The response object. Should the client go away, its answers end (and nobody reads this)."""
         async def until_gone():
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            self.answer.stop()
+            self.stop()
 
         watch = asyncio.create_task(until_gone())
         try:
             async for _ in self.pieces():
                 pass
         finally:
-            self.answer.stop()
+            self.stop()
             watch.cancel()
-        content = self.answer.content
-        text = "".join(part["text"] for part in self.answer.reader.parts if part["type"] == "text")
-        message = {"role": "assistant", "content": text, **({} if isinstance(content, str) else {"parts": content})}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": self.news()}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage}
+        return {**self.head, "object": "chat.completion", "choices": [self.choice(i) for i in range(len(self.answers))],
+                "usage": self.usage}
 
-    def news(self) -> dict | None:
-        """Log-probabilities of the tokens since the last call, up to the last piece taken, if they are wanted."""
+    def choice(self, index: int) -> dict:
+        """One whole answer."""
+        answer = self.answers[index]
+        content = answer.content
+        text = "".join(part["text"] for part in answer.reader.parts if part["type"] == "text")
+        message = {"role": "assistant", "content": text, **({} if isinstance(content, str) else {"parts": content})}
+        return {"index": index, "message": message, "finish_reason": self.finish_reason(index),
+                "logprobs": self.news(index)}
+
+    def news(self, index: int) -> dict | None:
+        """Log-probabilities of an answer's tokens since the last call, up to the last piece taken, if wanted."""
         if not self.with_logprobs:
             return None
-        start, self.told = self.told, self.read
-        return logprobs(self.answer, start, self.told)
+        start, self.told[index] = self.told[index], self.read[index]
+        return logprobs(self.answers[index], start, self.told[index])
 
-    def chunk(self, delta: dict, finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": self.news()}
+    def chunk(self, index: int, delta: dict, finish_reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": self.news(index)}
         usage = {"usage": None} if self.include_usage else {}
         return event_line({**self.head, "object": "chat.completion.chunk", "choices": [choice], **usage})
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events. Calculator calls and results are `delta.part`s: plain clients see words only."""
         try:
-            yield self.chunk({"role": "assistant", "content": ""})
-            async for piece in self.pieces():
+            for index in range(len(self.answers)):
+                yield self.chunk(index, {"role": "assistant", "content": ""})
+            async for index, piece in self.pieces():
+                if piece is None:
+                    yield self.chunk(index, {}, self.finish_reason(index))
+                    continue
                 part = {"type": piece.kind, "text": piece.text}
                 delta = {"content": piece.text} if piece.kind == "text" else {"part": part}
-                yield self.chunk({**delta, "part_index": piece.part})
-            yield self.chunk({}, self.finish_reason)
+                yield self.chunk(index, {**delta, "part_index": piece.part})
             if self.include_usage:
                 yield event_line({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage})
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield event_line(error.body)
         finally:
-            self.answer.stop()  # reached, too, when the client has gone
+            self.stop()  # reached, too, when the client has gone
 
 
 def event_line(value: dict) -> str:

@@ -28,8 +28,8 @@ class Job:
     deliver: Callable[[Piece | Exception | None], None]
 
     def __post_init__(self):
-        self.request = Request(self.answer.prompt, **self.answer.sampling.settings(), watch=self.watch,
-                               top=self.answer.top)
+        self.request = Request(self.answer.prompt, **self.answer.sampling.settings(), sample=self.answer.number,
+                               watch=self.watch, top=self.answer.top)
 
     def watch(self, token: Token) -> None:
         if piece := self.answer.take(token):
@@ -81,8 +81,8 @@ class Pool:
         for replica in self.replicas:
             threading.Thread(target=self.serve, args=(replica,), daemon=True).start()
 
-    def submit(self, job: Job) -> None:
-        """Put a question in line. Raises Full if there is no room, Broken if nobody is left to answer."""
+    def submit(self, *jobs: Job) -> None:
+        """Put questions in line, all or none. Raises Full if there is no room, Broken if nobody is left to answer."""
         with self.changed:
             if not self.replicas:
                 raise Broken
@@ -91,10 +91,11 @@ class Pool:
                 self.counts["stopped"] += 1
                 gone.deliver(None)
             running = sum(len(replica.jobs) for replica in self.replicas)
-            if running + len(self.waiting) >= self.max_waiting + sum(replica.rows for replica in self.replicas):
-                self.counts["refused"] += 1
+            places = self.max_waiting + sum(replica.rows for replica in self.replicas)
+            if running + len(self.waiting) + len(jobs) > places:
+                self.counts["refused"] += len(jobs)
                 raise Full
-            self.waiting.append(job)
+            self.waiting.extend(jobs)
             self.changed.notify_all()
 
     def may_take(self, replica: Replica) -> bool:

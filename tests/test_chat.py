@@ -354,8 +354,8 @@ def test_the_official_client_whole_and_streamed(model):
         assert all(len(entry.top_logprobs) == 2 for entry in told.logprobs.content)
         with official.chat.completions.create(model="sft-d3", stream=True, **say("long")) as stream:
             assert next(iter(stream)).choices[0].delta.role == "assistant"  # and away
-        with pytest.raises(openai.BadRequestError, match="n is not supported"):
-            ask("hi", n=2)
+        with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+            ask("hi", logit_bias={"5": 1})
         with pytest.raises(openai.NotFoundError, match="there is no model"):
             official.chat.completions.create(model="gpt-4o", **say("hi"))
         with pytest.raises(openai.BadRequestError, match="temperature must be a number from 0 to 2"):
@@ -389,7 +389,7 @@ BAD = [
     (say("x", temperature=True), "temperature"), (say("x", temperature=float("nan")), "temperature"),
     (say("x", top_k=201), "top_k must be an integer from 0 to 200"), (say("x", top_k=1.5), "top_k"),
     (say("x", max_tokens=0), "max_tokens"), (say("x", max_completion_tokens=4097), "max_completion_tokens"),
-    (say("x", seed=1e300), "seed"), (say("x", top_p=0), "top_p"), (say("x", n=2), "n is not supported"),
+    (say("x", seed=1e300), "seed"), (say("x", top_p=0), "top_p"), (say("x", n=17), "n must be an integer from 1 to 16"),
     (say("x", tools=[{"type": "function"}]), "tools is not supported"), (say("x", model=["a"]), "there is no model"),
     (say("word " * 1500), "the model reads 1,024"), (say("x", stream="yes"), "stream must be true or false"),
     (say("x", stream_options=3), "stream_options"), (say("x", stop=5), "stop must be"),

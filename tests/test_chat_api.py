@@ -146,11 +146,12 @@ def test_openais_client_reads_log_probabilities_of_temperature_one(plain, tokeni
 def test_a_chunk_has_its_own_tokens_however_late_it_is_sent(model, tokenizer):
     """The model may be further than the client has read."""
     async def play():
-        reply = Reply(Answer(model, [{"role": "user", "content": "hi"}], Sampling(0)), False, with_logprobs=True)
+        answer = Answer(model, [{"role": "user", "content": "hi"}], Sampling(0))
+        reply = Reply([answer], False, with_logprobs=True)
         for token in tokenizer.encode("One, two, 日本."):
-            if piece := reply.answer.take(Token(token, False, -0.5, None, ())):
-                reply.deliver(piece)
-        reply.deliver(None)
+            if piece := answer.take(Token(token, False, -0.5, None, ())):
+                reply.deliver(0, piece)
+        reply.deliver(0, None)
         return [json.loads(line[6:])["choices"][0] async for line in reply.stream() if line.startswith("data: {")]
 
     choices = asyncio.run(play())
@@ -158,6 +159,57 @@ def test_a_chunk_has_its_own_tokens_however_late_it_is_sent(model, tokenizer):
     for choice in choices:
         spelled = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"])
         assert spelled.decode() == choice["delta"].get("content", "")
+
+
+# --- several answers to one question --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_are_those_of_the_engine_asked_for_as_many_samples(plain, tokenizer, stream):
+    messages = [{"role": "user", "content": "hello, and tell me something long enough to be shared"}]
+    with serving(plain) as (url, pool):
+        reply = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0).chat.completions.create(
+            model="", messages=messages, n=3, seed=5, max_tokens=20, temperature=1.0, stream=stream, logprobs=True,
+            **({"stream_options": {"include_usage": True}} if stream else {}))
+        texts, ends, logprobs = [""] * 3, [None] * 3, [[], [], []]
+        for event in reply if stream else [reply]:
+            for choice in event.choices:
+                texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+                ends[choice.index] = ends[choice.index] or choice.finish_reason
+                logprobs[choice.index] += choice.logprobs.content
+        usage = event.usage
+        until(lambda: pool.stats()["finished"] == 3)
+    [expected] = plain.engine.generate_many([plain.prompt(messages)], 3, 20, top_k=50, seed=5)
+    assert len(set(texts)) == 3, "three different answers"
+    for text, end, entries, completion in zip(texts, ends, logprobs, expected):
+        reader = AnswerReader(tokenizer)
+        pieces = [reader.read(token, place == len(completion.tokens)) for place, token in enumerate(completion.tokens, 1)]
+        assert text == "".join(piece.text for piece in pieces if piece and piece.kind == "text")
+        assert end == ("stop" if completion.finish_reason == "stop" else "length") and len(entries) > 5
+        assert entries[0].logprob == pytest.approx(completion.logprobs[0], abs=1e-3)
+    assert usage.prompt_tokens == len(plain.prompt(messages)), "the question is read, and counted, once"
+    assert usage.completion_tokens == sum(len(c.tokens) + (c.stop_token is not None) for c in expected)
+
+
+def test_several_answers_find_room_all_or_none(model):
+    with serving(model, rows=2, max_waiting=1) as (url, pool):
+        body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+        assert len(ask(url, "hello", n=3)["choices"]) == 3
+        refused = httpx.post(url + "/v1/chat/completions", json={**body, "n": 4}, timeout=20)
+        assert refused.status_code == 429 and pool.stats()["refused"] == 4
+        for n in (0, 17, 1.5, True):
+            wrong = httpx.post(url + "/v1/chat/completions", json={**body, "n": n}, timeout=20)
+            assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "n"
+
+
+def test_a_client_that_goes_frees_the_rows_of_all_its_answers(make_model, tokenizer):
+    slow = scripted_model(make_model, tokenizer, 0.005)
+    with serving(slow) as (url, pool):
+        body = {"messages": [{"role": "user", "content": "long"}], "n": 4, "max_tokens": 900, "stream": True}
+        with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=20) as answer:
+            next(answer.iter_lines())
+            until(lambda: pool.stats()["running"] == 4)
+        until(lambda: pool.stats()["running"] == 0)
+        assert pool.stats()["stopped"] == 4 and pool.stats()["completion_tokens"] < 3000
 
 
 # --- requests that do not come to an end -----------------------------------------------------------------------------

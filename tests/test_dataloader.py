@@ -99,7 +99,7 @@ def test_no_document_is_lost_or_repeated(tokenizer, shards):
     while loader.position[0] < 3:
         seen += taken(loader, 1)
         loader.buffer.take = BestFit.take.__get__(loader.buffer)
-    waiting = [(str(d.unit.path), d.unit.group, d.unit.rows.start, d.index) for d in loader.buffer.documents.values()]
+    waiting = [(str(d.unit.path), d.unit.group, d.unit.rows.start, d.index) for d in loader.buffer]
     counts = Counter(seen + waiting)
     assert len(counts) == 200 and set(counts.values()) <= {3, 4}
 

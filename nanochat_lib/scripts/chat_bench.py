@@ -7,9 +7,6 @@
 
 
 import random
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +19,7 @@ from nanochat_lib.gpt import GPTConfig, build_model
 from nanochat_lib.objectives import Terms, reinforce
 from nanochat_lib.rewards import Reward
 from nanochat_lib.rl import learn, roll_out, token_weights, tries_of
+from nanochat_lib.scripts.train_bench import Linear, turns_of
 from nanochat_lib.tasks.common import Task, conversation_of
 from nanochat_lib.tokenizer import Tokenizer
 
@@ -38,17 +36,6 @@ class ChatBench:
     repeats: int = 3
     """rounds; each runs every contestant, and medians are shown"""
     device_type: str = ""
-
-
-def medians(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each contestant: medians of interleaved rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, run in contestants.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class Additions(Task):
@@ -90,7 +77,7 @@ def bench_rl(settings: ChatBench) -> float:
         tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])
         model = build_model(GPTConfig(256, tokenizer.get_vocab_size(), 4, 2, 2, 128), device)
     engine, task = Engine(model, tokenizer), Additions([(i, i + 3) for i in range(settings.questions)])
-    seconds = medians({name: lambda slow=slow: rl_step(engine, task, settings, slow)
+    seconds = turns_of({name: lambda slow=slow: rl_step(engine, task, settings, slow)
                        for name, slow in (("one batch", False), ("one by one", True))}, settings.repeats)
     ratio = seconds["one by one"] / seconds["one batch"]
     print0(f"RL step of {settings.questions} × {settings.samples} answers: {seconds['one batch']:.2f} s in one batch, "
@@ -98,45 +85,36 @@ def bench_rl(settings: ChatBench) -> float:
     return ratio
 
 
-def packed(lengths: list[range], capacity: int, waiting_most: int, linear: bool) -> list[list[int]]:
-    """Rows of conversations (given as ranges of their lengths), best fit, by bisection or by looking at each."""
-    buffer, waiting, rest, rows = BestFit(), [], iter(lengths), [[]]
-    room, size = capacity, 0
+def packed(lengths: list[range], capacity: int, waiting: int, buffer: BestFit | Linear) -> list[list[int]]:
+    """Rows of conversations, given as ranges of their lengths, with so many waiting in the buffer."""
+    rest, rows, room = iter(lengths), [[]], capacity
     while True:
-        while size < waiting_most and (one := next(rest, None)) is not None:
-            waiting.append(one) if linear else buffer.add(one)
-            size += 1
-        if not size:
+        while len(buffer) < waiting and (one := next(rest, None)) is not None:
+            buffer.add(one)
+        if not len(buffer):
             return rows
-        if linear:
-            best, longest = -1, 0
-            for place, one in enumerate(waiting):
-                if longest < len(one) <= room:
-                    best, longest = place, len(one)
-            found = waiting.pop(best) if best >= 0 else None
-        else:
-            found = buffer.take(room, crop=False)
+        found = buffer.take(room, crop=False)
         if found is None:
             rows.append([])
             room = capacity
         else:
             rows[-1].append(found.start)
-            room, size = room - len(found), size - 1
+            room -= len(found)
 
 
 def bench_packing(settings: ChatBench) -> dict[int, float]:
-    """{conversations waiting: how many times faster bisection packs them}; the rows are equal."""
+    """{conversations waiting: how many times faster they are packed than by a linear search}; the rows are equal."""
     dice, ratios = random.Random(0), {}
     lengths = [range(i, i + min(int(dice.expovariate(1 / 60)) + 8, 257)) for i in range(0, 4000)]
     for waiting in (100, 1000):
-        rows = [packed(lengths, 257, waiting, linear) for linear in (False, True)]
+        rows = [packed(lengths, 257, waiting, make()) for make in (BestFit, Linear)]
         if rows[0] != rows[1]:
-            raise NanochatError("packing by bisection gives other rows than linear search: please report this")
-        seconds = medians({name: lambda linear=linear: packed(lengths, 257, waiting, linear)
-                           for name, linear in (("bisection", False), ("linear", True))}, settings.repeats)
-        ratios[waiting] = seconds["linear"] / seconds["bisection"]
-        fast, slow = (f"{len(rows[0]) / seconds[name]:,.0f} rows/s" for name in ("bisection", "linear"))
-        print0(f"packing with {waiting} waiting: {fast} by bisection, {slow} by linear search: {ratios[waiting]:.1f}×")
+            raise NanochatError("the loader packs other rows than a linear search: please report this")
+        seconds = turns_of({make.__name__: lambda make=make: packed(lengths, 257, waiting, make())
+                            for make in (BestFit, Linear)}, settings.repeats)
+        ratios[waiting] = seconds["Linear"] / seconds["BestFit"]
+        fast, slow = (f"{len(rows[0]) / seconds[name]:,.0f}" for name in ("BestFit", "Linear"))
+        print0(f"packing with {waiting} waiting: {fast} rows/s, {slow} by linear search: {ratios[waiting]:.1f}×")
     return ratios
 
 

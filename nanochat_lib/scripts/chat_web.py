@@ -25,7 +25,7 @@ import nanochat_lib
 from nanochat_lib.chat import ChatModel, Sampling
 from nanochat_lib.common import NanochatError, pick_device, run_cli
 from nanochat_lib.protocol import ApiError, Reply, flag, read_request
-from nanochat_lib.serving import Broken, Full, Job, Pool
+from nanochat_lib.serving import Broken, Full, Pool
 
 
 MAX_BYTES = 1 << 20  # of a request: far more than the limits of its messages let through
@@ -137,7 +137,7 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
             raise ApiError(400, "stream_options must be an object", "stream_options")
         reply = Reply(read_request(body, model, defaults), flag(options, "include_usage"), flag(body, "logprobs"))
         try:
-            pool.submit(Job(reply.answer, reply.deliver))
+            pool.submit(*reply.jobs())
         except Full:
             raise ApiError(429, "all replicas are busy and the line is full: try again in a moment") from None
         except Broken:

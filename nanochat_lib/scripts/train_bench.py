@@ -163,14 +163,20 @@ class Linear(list):
 
     add = list.append
 
-    def take(self, room: int) -> range:
-        fitting = [place for place, document in enumerate(self) if len(document) <= room]
-        choose = max if fitting else min
-        return self.pop(choose(fitting or range(len(self)), key=lambda place: len(self[place])))
+    def take(self, room: int, crop: bool = True) -> range | None:
+        best, longest = -1, 0
+        for place, document in enumerate(self):
+            if longest < len(document) <= room:
+                best, longest = place, len(document)
+        if best < 0:
+            if not crop:
+                return None
+            best = min(range(len(self)), key=lambda place: len(self[place]))
+        return self.pop(best)
 
 
 def bench_loader(settings: TrainBench) -> list[dict]:
-    """Rows packed per second, from a buffer of 1,000 documents: bisection against a linear search."""
+    """Rows packed per second, from a buffer of 1,000 documents, against a linear search."""
     dice = random.Random(0)
     lengths = [min(int(dice.lognormvariate(6, 1)) + 1, 10000) for _ in range(5000)]  # tokens; half are under 400
 
