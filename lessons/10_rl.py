@@ -1090,11 +1090,11 @@ class Journal:
 import time
 from dataclasses import asdict
 
-from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gather, save_checkpoint, steps_in,
-                                     write_result)
+from nanochat_lib.checkpoint import checkpoint_directory, find_checkpoint, gather, steps_in, write_result
 from nanochat_lib.common import NanochatError, Runtime, print0, progress, run_cli, start
 from nanochat_lib.practice import EVAL_SAMPLES, ChatRL, Journal, Policy, check_settings
 from nanochat_lib.rl import collapsed, questions_of_step
+from nanochat_lib.saver import Saver
 from nanochat_lib.tasks import Task, get_task
 
 SEED = 42
@@ -1128,6 +1128,7 @@ class Run:
         self.policy = Policy(settings, runtime, source, self.directory, self.step)
         earlier = self.policy.meta if self.step else {}
         self.policy.source = earlier.get("source", source)
+        self.saver = Saver(self.directory, self.policy.model, self.policy.optimizer, runtime)
         self.journal = Journal(settings, runtime, self.directory, self.step, earlier.get("loop", {}))
 
     def questions(self, split: str) -> Task:
@@ -1140,6 +1141,7 @@ class Run:
         questions = self.policy.try_answers(self.task, numbers, settings.num_samples, SEED + self.step)
         sums, rolled = self.policy.sums(questions), time.perf_counter()
         rate = settings.init_lr_frac * (1 - self.step / self.steps)
+        self.saver.before_step()
         done = self.policy.learn(questions, sums, rate, self.step)
         seconds = dict(rollout_seconds=round(rolled - began, 3), train_seconds=round(time.perf_counter() - rolled, 3))
         self.journal.note(self.step, questions, sums, {**done, "lr": rate, **seconds})
@@ -1158,12 +1160,13 @@ class Run:
             return  # resumed here
         policy = self.policy
         meta = {"tokenizer": policy.tokenizer.fingerprint, "settings": asdict(self.settings), "source": policy.source,
-                "loop": {"history": self.journal.history, "evaluations": self.journal.evaluations}}
-        save_checkpoint(self.directory, self.step, policy.model, policy.optimizer, meta, policy.runtime)
+                "loop": {"history": list(self.journal.history), "evaluations": list(self.journal.evaluations)}}
+        self.saver.save(self.step, meta)
 
     def stop_if_collapsed(self) -> None:
         """NanochatError with the reason; checkpoints written before stay."""
         if reason := collapsed(self.journal.history, self.settings.patience):
+            self.saver.wait()
             saved = steps_in(self.directory)
             last = f"the last checkpoint is step {saved[-1]}" if saved else "no checkpoint was written yet"
             raise NanochatError(f"stopped at step {self.step}: {reason}. Read {self.journal.rollouts}; {last}. "
@@ -1180,27 +1183,32 @@ class Run:
 # %%
 #| export scripts/chat_rl
 #| cli chat_rl
+def train(run: Run) -> None:
+    """Save, evaluate, step; to the end."""
+    settings = run.settings
+    with run.saver, progress(total=run.steps, desc="chat_rl", initial=run.step) as bar:
+        while True:
+            last = run.step >= run.steps
+            if last or settings.save_every > 0 and run.step > 0 and run.step % settings.save_every == 0:
+                run.save()
+            due = settings.eval_every > 0 and (last or run.step % settings.eval_every == 0)
+            if due and run.step not in [evaluation["step"] for evaluation in run.journal.evaluations]:
+                try:
+                    run.evaluate()
+                except NanochatError as error:
+                    print0(f"step {run.step}: the evaluation could not run, training is not affected: {error}")
+            if last:
+                return
+            bar.set_postfix_str(f"reward {run.train_step():.3f}", refresh=False)
+            bar.update()
+            run.stop_if_collapsed()
+
+
 def chat_rl(settings: ChatRL) -> None:
     """Reinforcement learning of a chat model on a task whose answers can be judged."""
     check_settings(settings)
     run = Run(settings, start(settings.device_type))
-    bar = progress(total=run.steps, desc="chat_rl", initial=run.step)
-    while True:
-        last = run.step >= run.steps
-        if last or settings.save_every > 0 and run.step > 0 and run.step % settings.save_every == 0:
-            run.save()
-        due = settings.eval_every > 0 and (last or run.step % settings.eval_every == 0)
-        if due and run.step not in [evaluation["step"] for evaluation in run.journal.evaluations]:
-            try:
-                run.evaluate()
-            except NanochatError as error:
-                print0(f"step {run.step}: the evaluation could not run, training is not affected: {error}")
-        if last:
-            break
-        bar.set_postfix_str(f"reward {run.train_step():.3f}", refresh=False)
-        bar.update()
-        run.stop_if_collapsed()
-    bar.close()
+    train(run)
     run.journal.metrics.close()
     run.report()
     curve = run.journal.curve

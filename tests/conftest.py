@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def base_dir(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def late_copies(monkeypatch):
+    """A background saver that is slow to copy: who trains on without waiting saves weights of a later step."""
+    from nanochat_lib.saver import HostCopy
+
+    monkeypatch.setattr(HostCopy, "_copy", lambda copy, real=HostCopy._copy: (time.sleep(0.2), real(copy)))
 
 
 @pytest.fixture

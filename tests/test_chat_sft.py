@@ -155,7 +155,7 @@ def weights_of(step, tag="d2"):
     return load_file(checkpoint_directory("sft", tag) / f"model_{step:06d}.safetensors")
 
 
-def test_a_run_inherits_trains_and_resumes_exactly(tokenizer, base_dir):
+def test_a_run_inherits_trains_and_resumes_exactly(tokenizer, base_dir, late_copies):
     make_base(tokenizer)
     chat_sft(ChatSFT(**QUIET, num_iterations=4, save_every=2))
     directory = checkpoint_directory("sft", "d2")

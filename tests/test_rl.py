@@ -147,7 +147,7 @@ def weights_of(base_dir, step=4):
     return load_file(base_dir / "chatrl_checkpoints" / "d3" / f"model_{step:06d}.safetensors")
 
 
-def test_a_run_its_files_and_an_exact_resume(sft_model):
+def test_a_run_its_files_and_an_exact_resume(sft_model, late_copies):
     settings = ChatRL(**{**SMALL, "eval_every": 2, "eval_examples": 5})
     chat_rl(settings)
     folder, step = find_checkpoint("rl")

@@ -12,10 +12,11 @@ import torch
 import tyro
 
 from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gather, load_model, load_optimizer,
-                                     prepare_directory, read_meta, save_checkpoint, steps_in, write_result)
+                                     prepare_directory, read_meta, steps_in, write_result)
 from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, all_reduce_sum, compute_dtype, print0, progress,
                                  run_cli, start)
 from nanochat_lib.evaluation import evaluate_bpb
+from nanochat_lib.saver import Saver
 from nanochat_lib.scaling import REFERENCE_BATCH
 from nanochat_lib.tasks import Task, TaskMixture, evaluation_tasks, mixture, validation_mixture
 from nanochat_lib.tasks.customjson import CustomJSON
@@ -194,6 +195,7 @@ class Run:
         prepare_directory(self.directory, runtime, self.step if resumed else -1)
         trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
         self.log = MetricsLog(self.directory / "metrics.jsonl", settings.run, asdict(settings))
+        self.saver = Saver(self.directory, self.orig_model, self.optimizer, runtime)
         self.steps = settings.num_iterations if settings.num_iterations > 0 else self.expected_steps()
         self.model = self.compile()
 
@@ -227,6 +229,7 @@ class Run:
         check_loss(self.loss, self.step, self.optimizer, self.directory)
         factor = self.settings.init_lr_frac * rate_at(share, self.settings)
         set_rates(self.optimizer, factor)
+        self.saver.before_step()
         self.scaler.step(self.optimizer)
         self.model.zero_grad(set_to_none=True)
         self.seconds += time.perf_counter() - started
@@ -240,7 +243,7 @@ class Run:
         meta = {"tokenizer": self.tokenizer.fingerprint, "settings": asdict(self.settings),
                 "total_batch_size": self.settings.total_batch_size, "loop": [self.curve, self.seconds, self.loss],
                 "scaler": self.scaler.state(), "loader": gather(self.loader.state())}
-        save_checkpoint(self.directory, self.step, self.orig_model, self.optimizer, meta, self.runtime)
+        self.saver.save(self.step, meta)
 
     def measure(self) -> None:
         """Bits per byte on held-out conversations."""
@@ -278,26 +281,30 @@ def evaluations(run: Run, done: bool) -> Iterator:
         yield run.grade
 
 
+def train(run: Run) -> None:
+    """Save, evaluate, step; to the end."""
+    with run.saver, progress(total=run.steps, desc="chat_sft", initial=run.step) as bar:
+        while True:
+            share = run.share()
+            done = share >= 1
+            if done or run.settings.save_every > 0 and run.step > 0 and run.step % run.settings.save_every == 0:
+                run.save()  # first of all: what follows can fail, and the work is safe
+            for evaluation in evaluations(run, done):
+                try:
+                    evaluation()
+                except NanochatError as error:
+                    print0(f"step {run.step}: an evaluation could not run, training is not affected: {error}")
+            if done:
+                return
+            run.train_step(share)
+            bar.set_postfix_str(f"loss {run.loss:.3f}", refresh=False)
+            bar.update()
+
+
 def chat_sft(settings: ChatSFT) -> None:
     """Fine-tune the base model on conversations; leaves checkpoints of stage sft and report/result_sft.json."""
     run = Run(settings, start(settings.device_type))
-    bar = progress(total=run.steps, desc="chat_sft", initial=run.step)
-    while True:
-        share = run.share()
-        done = share >= 1
-        if done or run.settings.save_every > 0 and run.step > 0 and run.step % run.settings.save_every == 0:
-            run.save()  # first of all: what follows can fail, and the work is safe
-        for evaluation in evaluations(run, done):
-            try:
-                evaluation()
-            except NanochatError as error:
-                print0(f"step {run.step}: an evaluation could not run, training is not affected: {error}")
-        if done:
-            break
-        run.train_step(share)
-        bar.set_postfix_str(f"loss {run.loss:.3f}", refresh=False)
-        bar.update()
-    bar.close()
+    train(run)
     run.log.close()
     run.report()
 

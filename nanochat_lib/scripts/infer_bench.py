@@ -33,7 +33,7 @@ class Settings:
     step: int | None = None
     depth: int = 4
     aspect_ratio: int = 32
-    head_dim: int = 32
+    head_dim: int = 64
     max_seq_len: int = 256
     vocab_size: int = 1024
     requests: int = 64  # of mixed lengths, batched against one by one
