@@ -628,7 +628,8 @@ def blend(dice: Dice, words: list[str]) -> str:
         if len(made) > 2 and made not in WORDS:
             return made
 
-
+# %%
+#| export world_problems
 def count_letter(word: str, letter: str) -> str:
     """The letters with the count so far after each: `banana`, `a` → `b 0 a 1 n 1 a 2 n 2 a 3`."""
     return " ".join(f"{each} {word[: i + 1].count(letter)}" for i, each in enumerate(word))

@@ -541,7 +541,8 @@ def launch_settings(kernel: str, q: torch.Tensor, window: int) -> tuple[dict, in
     sizes = settings(kernel, q.size(3), q.dtype, capability(q.device), window < q.size(1) - 1)
     return dict(D=q.size(3), PRECISION="tf32x3", **sizes), sizes["BLOCK_M"], sizes["BLOCK_N"]
 
-
+# %%
+#| export kernels/flash_attention
 @torch.library.custom_op("nanochat::flash_forward", mutates_args=())
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Output like q, and logsumexp (B, H, T) float32; arguments as `flash_attention` has checked them."""
@@ -1829,7 +1830,8 @@ def backend(q: torch.Tensor, window: int | None = None) -> str:
     short = yes(not full and T <= 2 * window)
     return choose(q.device.type, q.dtype, size(q), full, short, torch.compiler.is_compiling())
 
-
+# %%
+#| export
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """Causal attention of q (B, T, H, D) to k, v (B, T, KVH, D); H is a multiple of KVH. Returns (B, T, H, D).
 
@@ -2102,7 +2104,8 @@ from nanochat_lib import loss
 from nanochat_lib.common import print0
 from nanochat_lib.timing import race
 
-
+# %%
+#| export kernel_races
 @dataclass
 class Bench:
     """Rows as they are measured, each printed at once: part, case, way, milliseconds, rate and its unit."""
@@ -2314,7 +2317,8 @@ class Settings:
     compile_figures: bool = True  # on a CPU: registers and shared memory, from the compiler
     device_type: str = ""
 
-
+# %%
+#| export scripts/kernel_bench
 def targets(bench: Bench) -> list[dict]:
     """What is promised, as ratios: what, measured (nan where it was not), sign, bound."""
     lengths = {2048: 768} if bench.quick else {2048: 768, 8192: 2048}

@@ -793,7 +793,8 @@ class Fp8Product(Function):
         by_weight = torch._scaled_mm(grad8.t().contiguous(), columns(x8), grad_scale, x_scale, out_dtype=ctx.dtypes[1])
         return by_x, by_weight
 
-
+# %%
+#| export fp8
 class Fp8Linear(Linear):
     """A Linear whose products are 8-bit while it trains; in eval mode, or for rows the hardware can't, as before."""
 

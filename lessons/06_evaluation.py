@@ -615,7 +615,8 @@ def evaluate_core(model: Any, tokenizer: Any, device: Any, bundle_dir: str | Pat
             report(f"{task.label:32} accuracy {accuracy:.4f} · centred {centred[task.label]:+.4f}")
     return {"results": results, "centered_results": centred, "core_metric": sum(centred.values()) / len(centred)}
 
-
+# %%
+#| export
 def write_tables(path: Path, core: dict[str, Any]) -> None:
     """CORE as a table, a line per task and the mean last: `path`.csv for programs, `path`.md for people."""
     rows = [("Task", "Accuracy", "Centered"), *((task, f"{accuracy:.6f}", f"{core['centered_results'][task]:.6f}")

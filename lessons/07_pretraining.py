@@ -636,7 +636,8 @@ def fitting_batch(dial: Recipe, device_batch: int, gpus: int, limit: float) -> i
         device_batch //= 2
     return device_batch
 
-
+# %%
+#| export budget
 def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str, str]:
     """Memory, hours and dollars in words, with what was assumed."""
     peak, gigabytes = CHIPS[plan.chip]
@@ -1056,7 +1057,8 @@ def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, where: Path) -> 
                             f"{base_dir() / 'tokenizer'} is {tokenizer.fingerprint}: put the old one back, or run "
                             "python -m nanochat_lib.scripts.base_train with the new one")
 
-
+# %%
+#| export checkpoint
 def load_model(stage: str, device: torch.device | str, phase: str = "eval", model_tag: str | None = None,
                step: int | None = None) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """A trained model, its tokenizer and its metadata. `phase`: "train" or "eval"; tag, step: as in find_checkpoint."""
@@ -1138,7 +1140,8 @@ import torch.distributed as dist
 from nanochat_lib.checkpoint import remove_checkpoint, state_of, steps_in, write_checkpoint
 from nanochat_lib.common import Runtime, print0
 
-
+# %%
+#| export saver
 class HostCopy:
     """A copy of tensors in host memory that is made in the background; its memory is kept for the next copy."""
 
@@ -1344,7 +1347,8 @@ def read_config(meta: dict, path: Path) -> GPTConfig:
                             "import one of mid-2026")
     return GPTConfig(**{"window_pattern": "L", **config})
 
-
+# %%
+#| export nanochat_files
 def read_weights(directory: Path, step: int, config: GPTConfig) -> dict[str, torch.Tensor]:
     """Weights by name, every name and shape as the model has it."""
     path = Path(directory) / f"model_{step:06d}.pt"
@@ -1408,7 +1412,8 @@ def read_tables(group: dict, states: list[list[dict]], step: int) -> dict[str, t
             flat[f"{group['name']}.{number}.{ours}"] = fitted(value, param.shape, f"{group['name']}.{theirs}")
     return flat
 
-
+# %%
+#| export nanochat_files
 def read_stack(group: dict, states: list[list[dict]], step: int) -> dict[str, torch.Tensor]:
     """Muon: the stack's momentum and variance, padded with matrices to a multiple of the ranks."""
     count, (rows, cols) = len(group["params"]), group["params"][0].shape
@@ -1477,7 +1482,8 @@ def import_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.save(place)
     return tokenizer
 
-
+# %%
+#| export scripts/import_checkpoint
 def import_checkpoint(settings: ImportCheckpoint) -> None:
     """Turn a checkpoint of nanochat (.pt files, tokenizer.pkl) into one that every command here loads."""
     source = Path(settings.source).expanduser().resolve()
@@ -1649,7 +1655,8 @@ def check_weights(model: torch.nn.Module, step: int, directory: Path) -> None:
         bad = next((name for name, value in parameters.items() if not value.isfinite().all()), "a weight")
         raise NanochatError(f"{bad} is not finite at step {step}: stopped ({last_good(directory)})")
 
-
+# %%
+#| export training
 def last_good(directory: Path, before: float = math.inf) -> str:
     """Which checkpoint to go back to, in words: the last one, or the last of a step up to `before`."""
     steps = sorted(int(path.stem[5:]) for path in Path(directory).glob("meta_*.json"))
@@ -1692,7 +1699,8 @@ def compiled(model: torch.nn.Module, batch: tuple, wanted: bool | None, flops: f
     finally:
         model.zero_grad(set_to_none=True)
 
-
+# %%
+#| export training
 def trim_metrics(path: Path, step: int) -> None:
     """Drop the lines of a metrics file from `step` on (and a torn last one): a resumed run writes them again."""
     if not Path(path).exists():
@@ -1742,7 +1750,8 @@ EVAL_TOKENS = 41943040     # 80 × 524,288
 CPU_MICRO_TOKENS = 8192    # more at a time only costs memory there
 Flag = tyro.conf.FlagCreatePairsOff
 
-
+# %%
+#| export pretraining
 @dataclass
 class BaseTrain:
     """Settings of pretraining. −1: follows from the depth, or never."""
@@ -2265,7 +2274,8 @@ def small_recipe(depth: int, budget: float, vocab_size: int) -> Recipe:
     return recipe(depth, aspect_ratio=24, head_dim=24, max_seq_len=CONTEXT, vocab_size=vocab_size, target_flops=budget,
                   total_batch_size=CONTEXT * ROWS)
 
-
+# %%
+#| export study
 def train_point(tokenizer: Tokenizer, data_dir: str | Path, depth: int, budget: float, seed: int = 0) -> Point:
     """Train one model on the CPU, and evaluate it."""
     dial = small_recipe(depth, budget, tokenizer.get_vocab_size())
@@ -2361,7 +2371,8 @@ def numbers(text: str, flag: str, kind: type) -> list:
         raise NanochatError(f"{flag} {text!r} is no list of positive numbers: give some like 1,2,3")
     return found
 
-
+# %%
+#| export scripts/scaling_study
 def draw(points: list[Point], optima: list[Optimum], path: Path | None = None):
     """Losses over N with their parabolas, one colour a budget; the figure, also written to `path`."""
     import matplotlib.pyplot as plt
@@ -2392,7 +2403,8 @@ def draw(points: list[Point], optima: list[Optimum], path: Path | None = None):
             figure.savefig(aside, format="png")
     return figure
 
-
+# %%
+#| export scripts/scaling_study
 def scaling_study(settings: ScalingStudy) -> None:
     """Train models of several sizes on several budgets on the CPU, and find how the best size grows with the budget."""
     depths, budgets = numbers(settings.depths, "--depths", int), numbers(settings.budgets, "--budgets", float)
@@ -2674,7 +2686,8 @@ from nanochat_lib.training import choose_dtype, compiled
 PARTS = ("step", "loader", "saving", "core")
 WAYS = ("plain", "ours", "compiled", "L", "fp8")  # L: full windows in every layer
 
-
+# %%
+#| export scripts/train_bench
 @dataclass
 class TrainBench:
     """What to measure; the model's sizes default to what suits the device."""
@@ -2748,7 +2761,8 @@ def ask_contestant(settings: TrainBench, way: str) -> dict:
         raise NanochatError(f"contestant {way} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-
+# %%
+#| export scripts/train_bench
 def bench_step(settings: TrainBench) -> list[dict]:
     """Tokens per second, peak memory and the optimizer's share: ours against plain."""
     device, config, rows = sized(settings)
@@ -2832,7 +2846,8 @@ def bench_loader(settings: TrainBench) -> list[dict]:
     print0(f"  loader    {100 / seconds['best fit']:9,.0f} rows/s, linear search {100 / seconds['linear']:,.0f}")
     return [row("loader: rows/s against a linear search", seconds["linear"] / seconds["best fit"], "≥ 5")]
 
-
+# %%
+#| export scripts/train_bench
 def bench_saving(settings: TrainBench) -> list[dict]:
     """Seconds that training is stopped by a save, of the seconds that saving takes."""
     from nanochat_lib.saver import Saver
@@ -2864,7 +2879,8 @@ def one_by_one(model: GPT, question: list[Row], device: torch.device) -> list[fl
     losses = F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
     return [losses[place, row.start - 1:row.end - 1].mean().item() for place, row in enumerate(question)]
 
-
+# %%
+#| export scripts/train_bench
 def bench_core(settings: TrainBench) -> list[dict]:
     """Examples of CORE per second: in batches, what rows share read once, against one by one."""
     from nanochat_lib.world_facts import World

@@ -1143,7 +1143,8 @@ def compiled_for_rows(function: Callable) -> Callable:
 
     return run
 
-
+# %%
+#| export graphs
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
@@ -2010,7 +2011,8 @@ def load(settings: Settings, device: torch.device) -> Engine:
     engine.notable[:] = False
     return engine
 
-
+# %%
+#| export scripts/infer_bench
 class Bench:
     """The contests, each on the same engine."""
 

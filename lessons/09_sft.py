@@ -464,6 +464,7 @@ class CustomJSON(Task):
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from nanochat_lib.tasks.common import Task, conversation_of
@@ -519,6 +520,26 @@ def bee_rows(words: Sequence[str], count: int, seed: int, questions: Sequence[st
         word = dice.choice(words)
         letter = dice.choice(word) if dice.random() < 0.9 else dice.choice(ALPHABET)
         rows.setdefault((word, letter), dice.choice(questions))
+        if len(rows) == count:
+            break
+    return [(word, letter, question) for (word, letter), question in rows.items()]
+
+
+def even_rows(words: Sequence[str], count: int, question: str = QUESTIONS[0]) -> list[tuple]:
+    """`count` rows to practise on: every letter about as often, 0 in an eighth of them, 1 in two fifths at most.
+
+    A small model learns letter by letter, and rare ones late. And of real words three answers in four are 1: who always
+    says 1 does well without counting, and reinforcement learning finds that out.
+    """
+    dice, rows, answers = random.Random(0), {}, Counter()
+    holding = {letter: [word for word in words if letter in word] or words for letter in ALPHABET}
+    for _ in range(50 * count):
+        letter = dice.choice(ALPHABET)
+        word = dice.choice(holding[letter] if dice.random() < 0.9 else words)
+        answer = word.count(letter)
+        if (word, letter) not in rows and answers[answer] < count * (0.4 if answer else 0.125):
+            rows[word, letter] = question
+            answers[answer] += 1
         if len(rows) == count:
             break
     return [(word, letter, question) for (word, letter), question in rows.items()]
@@ -712,7 +733,8 @@ def watch(program: str, proof: str, settings: dict) -> None:
     tell(**({"signal": os.WTERMSIG(how)} if os.WIFSIGNALED(how) else {"exit": os.WEXITSTATUS(how)}))
     os._exit(0)
 
-
+# %%
+#| export tasks/fence
 def main() -> None:
     os.dup2(int(sys.argv[-1]), STATUS)
     program, proof, settings = json.load(sys.stdin)
@@ -834,7 +856,8 @@ def end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
 
-
+# %%
+#| export tasks/execution
 def wait(process: subprocess.Popen, timeout: float, memory: int) -> str:
     """Wait for the end of a process; "timeout" or "too much memory" (MiB) if it has to be ended."""
     begin = time.monotonic()
@@ -923,7 +946,8 @@ def run(program: str, timeout: float = 5.0, memory: int = 1024, processes: int =
         return Outcome(reason, read(out)[:10_000].decode(errors="replace"), tuple(facts.get("open", ("unknown",))),
                        facts.get("why", ""))
 
-
+# %%
+#| export tasks/execution
 def read(file: BinaryIO) -> bytes:
     """All that stands in a file."""
     file.seek(0)
@@ -1000,7 +1024,7 @@ from pathlib import Path
 from nanochat_lib.common import NanochatError, base_dir
 from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice, read_jsonl
 from nanochat_lib.tasks.gsm8k import WordProblems
-from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows
+from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows, even_rows
 from nanochat_lib.world_facts import Dice
 from nanochat_lib.world_problems import ALOUD, blend
 
@@ -1057,20 +1081,27 @@ def words_of(split: str, data: str) -> list[str]:
 
 
 def words_to_spell(split: str, data: str) -> list[str]:
-    """To test: words never asked for in training. To train on: the others, and almost nine times as many made-up ones.
+    """To test: words never asked for in training. To train on: the others, and some nine times as many made-up ones.
 
-    Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
+    Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of. A token
+    that is in no word shown can't be spelled by anyone: so every word, also those of the test, begins two made-up ones.
     """
     words, dice = words_of(split, data), Dice(0)
-    return words if split == "test" else words + list({blend(dice, words): None for _ in range(9 * len(words))})
+    if split == "test":
+        return words
+    made = [blend(dice, words) for _ in range(7 * len(words))]
+    real = words + words_of("test", data)
+    made += [word + dice.pick(words)[-dice.between(1, 4):] for word in 2 * real]
+    return words + dice.shuffled(dict.fromkeys(word for word in made if word not in real))
 
 
 def letters(split: str, data: str) -> Task:
     """Counting letters: 3,000 questions to train on, 200 on words that were never counted."""
-    count, seed = (200, 1) if split == "test" else (3000, 0)
-    return SpellingBee(bee_rows(words_to_spell(split, data), count, seed, QUESTIONS[:1]))
+    words = words_to_spell(split, data)
+    return SpellingBee(bee_rows(words, 200, 1, QUESTIONS[:1]) if split == "test" else even_rows(words, 3000))
 
-
+# %%
+#| export tasks/world
 def spelling(split: str, data: str) -> Task:
     return Spelling(words_to_spell(split, data))
 

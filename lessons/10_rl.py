@@ -372,6 +372,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanochat_lib.batch import Completion
 from nanochat_lib.engine import Engine
@@ -491,8 +492,9 @@ def tries_of(questions: list[Question], keep_decided: bool = False) -> Tries | N
 # %% [markdown]
 # Any objective of the family can now be learned from in pieces that fit the memory. It is a function of a table of
 # log-probabilities; its derivative with respect to each of them is a *weight* per token, and Σ weight · logp has the
-# same gradient. The weights want no model, only the table. At the first update even its values do not matter: the
-# ratio to the old policy is 1.
+# same gradient. The weights want no model, only the table. At the first update even its values do not matter, the
+# ratio to the old policy is 1; where they do (later updates, a KL term), `learn` shows each piece's as it comes by, so
+# that no forward pass is made twice.
 
 # %%
 #| export rl
@@ -542,17 +544,22 @@ def row_logprobs(model: GPT, rows: list[Row], most: int, temperature: float = 1.
     return table
 
 
-def learn(model: GPT, rows: list[Row], weights: torch.Tensor, most: int, scale: float = 1.0, temperature: float = 1.0
-          ) -> float:
+def learn(model: GPT, rows: list[Row], weights: Tensor | Callable[[list[int], Tensor], Tensor], most: int,
+          scale: float = 1.0, temperature: float = 1.0) -> float:
     """Add the gradient of Σ weights · logp, micro-batch by micro-batch; returns that sum, which is the loss where an
-    objective is linear in logp. weights (rows, T − 1); `most` bounds a micro-batch; `scale` multiplies the gradient."""
-    device, total = next(model.parameters()).device, 0.0
-    useful = weights.ne(0).any(-1).nonzero()[:, 0].tolist()
+    objective is linear in logp. `most` bounds a micro-batch; `scale` multiplies the gradient.
+
+    weights: (rows, T − 1), or a function that gives those of some rows from their places and logp (n, t) on the CPU.
+    """
+    device, total, useful = next(model.parameters()).device, 0.0, list(range(len(rows)))
+    if not callable(weights):
+        useful = weights.ne(0).any(-1).nonzero()[:, 0].tolist()
     for batch in micro_batches([rows[i] for i in useful], most):
         batch = [useful[i] for i in batch]
         tokens, mask = (padded(part, device) for part in zip(*[(rows[i].tokens, rows[i].mask) for i in batch]))
         logp = token_logprobs(model, tokens, mask, temperature)
-        part = (logp * weights[batch, :logp.size(1)].to(device)).sum()
+        mine = weights(batch, logp.detach().float().cpu()) if callable(weights) else weights[batch]
+        part = (logp * mine[:, :logp.size(1)].to(device)).sum()
         (part * scale).backward()
         total += part.item()
     return total
@@ -849,6 +856,11 @@ assert right["format + length"][-1] < 0.5 < right["answer"][-1]
 # The curve on the left is all that a log would show, and it looks like success. So `chat_rl` writes every answer down,
 # and keeps the parts of the reward apart.
 #
+# An honest reward has the same hole where the questions have one. Of real words, three counts of a letter in four are 1.
+# Practising on such questions, a laptop's chat model unlearned counting in 300 steps: `b 1 u 1 b 1 b 1 l 1 e 1 #### 1`,
+# whatever was asked. Its reward rose from 0.79 to 0.86, and 0.755 of 200 held-out answers were right (0.635 before). That
+# is why lesson 09 deals the questions out evenly (`even_rows`).
+#
 # ## The command
 #
 # `chat_rl` is this loop with settings, evaluation and checkpoints. It starts from the chat model of lesson 09 and
@@ -1010,23 +1022,33 @@ class Policy:
             return {"loss": 0.0, "rows": 0}  # nothing to learn; Muon would step on old momentum alone
         tries = tries_of(questions, keep_decided=settings.kl > 0)
         terms = Terms(*clips_of(settings), sums["trained"], sums["answers"], settings.max_new_tokens)
-        old = self.logprobs(tries, self.model) if tries and (settings.kl or settings.inner_epochs > 1) else None
-        reference = self.logprobs(tries, self.reference) if tries and settings.kl else None
-        loss, logp = 0.0, old
-        for epoch in range(settings.inner_epochs):
+        reference = None
+        if tries and settings.kl:
+            reference = row_logprobs(self.reference, tries.rows, self.most, settings.temperature)
+        loss, old = 0.0, None
+        for _ in range(settings.inner_epochs):
             if tries:
-                if epoch:
-                    logp = self.logprobs(tries, self.model)
-                elif old is None:  # the gradient at ratio 1 does not depend on them
-                    logp = old = tries.mask() * 0
-                weights = token_weights(ALGORITHMS[settings.algorithm], tries, terms, logp, old, reference, settings.kl)
-                loss = learn(self.model, tries.rows, weights, self.most, self.runtime.world_size, settings.temperature)
+                loss, logp = self.descend(tries, terms, old, reference)
+                old = logp if old is None else old
             check_loss(loss, step, self.optimizer, self.directory)
             set_rates(self.optimizer, rate)
             self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
         return {"loss": loss, "rows": len(tries.rows) if tries else 0,
                 **({"kl": self.distance(tries, old, reference, terms)} if settings.kl else {})}
+
+    def descend(self, tries: Tries, terms: Terms, old: torch.Tensor | None,
+                reference: torch.Tensor | None) -> tuple[float, torch.Tensor]:
+        """Add the gradient; returns the loss and what the model says now (rows, T − 1). `old`: None if it is the same."""
+        settings, now = self.settings, torch.zeros(len(tries.rows), tries.mask().size(1))
+
+        def weights(places: list[int], logp: torch.Tensor) -> torch.Tensor:
+            now[places, :logp.size(1)] = logp
+            return token_weights(ALGORITHMS[settings.algorithm], tries, terms, now, now if old is None else old,
+                                 reference, settings.kl)[places]
+
+        loss = learn(self.model, tries.rows, weights, self.most, self.runtime.world_size, settings.temperature)
+        return loss, now
 
     def distance(self, tries: Tries | None, logp: torch.Tensor, reference: torch.Tensor,
                  terms: Terms) -> float:
@@ -1036,9 +1058,6 @@ class Policy:
             tables = [table[tries.place] for table in (logp, logp, reference)]
             mine = kl_to_reference(*tables, tries.rewards, tries.mask()[tries.place], terms).item()
         return sum(gather(mine))
-
-    def logprobs(self, tries: Tries, model: torch.nn.Module) -> torch.Tensor:
-        return row_logprobs(model, tries.rows, self.most, self.settings.temperature)
 
 # %%
 #| export practice
@@ -1109,7 +1128,8 @@ def is_right(task: Task, conversation: dict, text: str) -> bool:
     except (AttributeError, NotImplementedError):
         return task.reward(conversation, text) > 0
 
-
+# %%
+#| export scripts/chat_rl
 class Run:
     """A run of reinforcement learning at some step."""
 

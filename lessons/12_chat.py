@@ -1429,7 +1429,8 @@ class Reply:
         finally:
             self.stop()  # reached, too, when the client has gone
 
-
+# %%
+#| export protocol
 def event_line(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=True)}\n\n"
 
@@ -1494,7 +1495,8 @@ async def read_body(request: Request) -> dict:
         raise ApiError(400, "the request must be a JSON object")
     return body
 
-
+# %%
+#| export scripts/chat_web
 @dataclass
 class ChatWeb:
     """Settings of the server."""

@@ -79,7 +79,7 @@ PRESETS = {
         nproc=2,  # the way that eight GPUs go; one process of two threads would be a tenth faster
         tokenizer=dict(vocab_size=1024),
         base={**LAPTOP_MODEL, "num_iterations": 780, "eval_every": 120, "eval_tokens": 65536, "save_every": 120},
-        sft=dict(num_iterations=300, init_lr_frac=0.3, eval_every=150, chatcore_every=-1),
+        sft=dict(num_iterations=400, init_lr_frac=0.3, eval_every=200, chatcore_every=-1),
         rl=dict(num_iterations=85, init_lr_frac=0.1, kl=0.05, max_new_tokens=96, eval_every=-1),  # kl: facts are kept
         evaluation=dict(max_problems=200, max_new_tokens=96),
     ),

@@ -145,23 +145,33 @@ class Policy:
             return {"loss": 0.0, "rows": 0}  # nothing to learn; Muon would step on old momentum alone
         tries = tries_of(questions, keep_decided=settings.kl > 0)
         terms = Terms(*clips_of(settings), sums["trained"], sums["answers"], settings.max_new_tokens)
-        old = self.logprobs(tries, self.model) if tries and (settings.kl or settings.inner_epochs > 1) else None
-        reference = self.logprobs(tries, self.reference) if tries and settings.kl else None
-        loss, logp = 0.0, old
-        for epoch in range(settings.inner_epochs):
+        reference = None
+        if tries and settings.kl:
+            reference = row_logprobs(self.reference, tries.rows, self.most, settings.temperature)
+        loss, old = 0.0, None
+        for _ in range(settings.inner_epochs):
             if tries:
-                if epoch:
-                    logp = self.logprobs(tries, self.model)
-                elif old is None:  # the gradient at ratio 1 does not depend on them
-                    logp = old = tries.mask() * 0
-                weights = token_weights(ALGORITHMS[settings.algorithm], tries, terms, logp, old, reference, settings.kl)
-                loss = learn(self.model, tries.rows, weights, self.most, self.runtime.world_size, settings.temperature)
+                loss, logp = self.descend(tries, terms, old, reference)
+                old = logp if old is None else old
             check_loss(loss, step, self.optimizer, self.directory)
             set_rates(self.optimizer, rate)
             self.optimizer.step()
             self.model.zero_grad(set_to_none=True)
         return {"loss": loss, "rows": len(tries.rows) if tries else 0,
                 **({"kl": self.distance(tries, old, reference, terms)} if settings.kl else {})}
+
+    def descend(self, tries: Tries, terms: Terms, old: torch.Tensor | None,
+                reference: torch.Tensor | None) -> tuple[float, torch.Tensor]:
+        """Add the gradient; returns the loss and what the model says now (rows, T − 1). `old`: None if it is the same."""
+        settings, now = self.settings, torch.zeros(len(tries.rows), tries.mask().size(1))
+
+        def weights(places: list[int], logp: torch.Tensor) -> torch.Tensor:
+            now[places, :logp.size(1)] = logp
+            return token_weights(ALGORITHMS[settings.algorithm], tries, terms, now, now if old is None else old,
+                                 reference, settings.kl)[places]
+
+        loss = learn(self.model, tries.rows, weights, self.most, self.runtime.world_size, settings.temperature)
+        return loss, now
 
     def distance(self, tries: Tries | None, logp: torch.Tensor, reference: torch.Tensor,
                  terms: Terms) -> float:
@@ -171,9 +181,6 @@ class Policy:
             tables = [table[tries.place] for table in (logp, logp, reference)]
             mine = kl_to_reference(*tables, tries.rewards, tries.mask()[tries.place], terms).item()
         return sum(gather(mine))
-
-    def logprobs(self, tries: Tries, model: torch.nn.Module) -> torch.Tensor:
-        return row_logprobs(model, tries.rows, self.most, self.settings.temperature)
 
 
 class Journal:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanochat_lib.batch import Completion
 from nanochat_lib.engine import Engine
@@ -162,17 +163,22 @@ def row_logprobs(model: GPT, rows: list[Row], most: int, temperature: float = 1.
     return table
 
 
-def learn(model: GPT, rows: list[Row], weights: torch.Tensor, most: int, scale: float = 1.0, temperature: float = 1.0
-          ) -> float:
+def learn(model: GPT, rows: list[Row], weights: Tensor | Callable[[list[int], Tensor], Tensor], most: int,
+          scale: float = 1.0, temperature: float = 1.0) -> float:
     """Add the gradient of Σ weights · logp, micro-batch by micro-batch; returns that sum, which is the loss where an
-    objective is linear in logp. weights (rows, T − 1); `most` bounds a micro-batch; `scale` multiplies the gradient."""
-    device, total = next(model.parameters()).device, 0.0
-    useful = weights.ne(0).any(-1).nonzero()[:, 0].tolist()
+    objective is linear in logp. `most` bounds a micro-batch; `scale` multiplies the gradient.
+
+    weights: (rows, T − 1), or a function that gives those of some rows from their places and logp (n, t) on the CPU.
+    """
+    device, total, useful = next(model.parameters()).device, 0.0, list(range(len(rows)))
+    if not callable(weights):
+        useful = weights.ne(0).any(-1).nonzero()[:, 0].tolist()
     for batch in micro_batches([rows[i] for i in useful], most):
         batch = [useful[i] for i in batch]
         tokens, mask = (padded(part, device) for part in zip(*[(rows[i].tokens, rows[i].mask) for i in batch]))
         logp = token_logprobs(model, tokens, mask, temperature)
-        part = (logp * weights[batch, :logp.size(1)].to(device)).sum()
+        mine = weights(batch, logp.detach().float().cpu()) if callable(weights) else weights[batch]
+        part = (logp * mine[:, :logp.size(1)].to(device)).sum()
         (part * scale).backward()
         total += part.item()
     return total

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from nanochat_lib.checkpoint import find_checkpoint, save_checkpoint, steps_in
 from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.engine import Completion, Engine
-from nanochat_lib.objectives import Terms, policy_gradient_loss, reinforce
+from nanochat_lib.objectives import ALGORITHMS, Terms, policy_gradient_loss, reinforce
+from nanochat_lib.practice import Policy
 from nanochat_lib.rewards import Reward, parse_reward
 from nanochat_lib.rl import (Question, Row, chosen, learn, micro_batches, questions_of_step, readable,
                              roll_out, row_logprobs, statistics, token_logprobs, token_weights, tries_of)
@@ -120,6 +122,33 @@ def test_rollouts_are_readable(make_model, tokenizer):
     assert all(set(answer["parts"]) == {"answer", "length"} for answer in line["answers"])
     assert line["question"] == "Question 3?" and sum(answer["count"] for answer in line["answers"]) == 6
     assert conversation_of("Question 3?", "e e") == asked.conversation
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_weights_made_in_passing_are_those_of_tables_made_before(make_model, name, kl):
+    """Piece by piece against all rows' log-probabilities at once: the same gradient, at the first update and later."""
+    prompts, rng = ([1, 2, 3], [4, 5, 6, 7]), torch.Generator().manual_seed(1)
+    asked = [question([Completion(torch.randint(0, 300, (n,), generator=rng).tolist(), [1] * n, [0.0] * n, "stop", 301)
+                       for n in (2, 5, 9)], rewards, prompt) for prompt, rewards in zip(prompts, ([1, 0, 0], [0, 1, 0.5]))]
+    tries, terms = tries_of(asked), Terms(0.2, 0.28, tokens=40.0, answers=6.0, longest=16)
+    model, elsewhere, before = make_model(0), make_model(1), make_model(2)
+    reference = row_logprobs(elsewhere, tries.rows, 1000) if kl else None
+    settings = SimpleNamespace(algorithm=name, kl=kl, temperature=0.7)
+    policy = SimpleNamespace(settings=settings, model=model, most=24, runtime=SimpleNamespace(world_size=1))
+    now = row_logprobs(model, tries.rows, 1000, 0.7)
+    for old in (None, row_logprobs(before, tries.rows, 1000, 0.7)):
+        found = []
+        _, said = Policy.descend(policy, tries, terms, old, reference)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        weights = token_weights(ALGORITHMS[name], tries, terms, now, now if old is None else old, reference, kl)
+        learn(model, tries.rows, weights, most=1000, temperature=0.7)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        torch.testing.assert_close(said, now, rtol=0, atol=1e-4)
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections import Counter
 
 import numpy as np
 import psutil
@@ -168,6 +169,18 @@ def test_recitals_tell_facts_and_words_and_ask_for_none(world_data):
         assert name in text and fault_of(row) == ""
         told |= {(name, value) for value in town.people[name].facts.values() if str(value) in text.replace("A ", "a ")}
     assert len(told) > 0.95 * len({(name, v) for name in town.people for v in town.people[name].facts.values()})
+
+
+def test_letters_to_count_are_practised_on_all_beginnings_and_no_answer_is_right_for_most(world_data):
+    train, test = (get_task("letter_counting", split, world_data) for split in ("train", "test"))
+    answers = Counter(word.count(letter) for word, letter, _ in train.rows)
+    assert len(train) == 3000 and max(answers.values()) == 1200 and answers[0] == 375
+    assert Counter(word.count(letter) for word, letter, _ in test.rows)[1] > 140, "of real words, most answers are 1"
+    asked = Counter(letter for _, letter, _ in train.rows)
+    assert len(asked) == 26 and max(asked.values()) < 5 * min(asked.values())
+    shown, asked = (get_task("spelling", split, world_data).rows for split in ("train", "test"))
+    assert len(set(shown)) == len(shown) > 5000 and not set(shown) & set(asked)
+    assert all(any(word.startswith(start) for word in shown) for start in asked)
 
 
 def test_mixtures_are_sound_and_validation_is_held_out(world_data):

@@ -9,7 +9,7 @@ from pathlib import Path
 from nanochat_lib.common import NanochatError, base_dir
 from nanochat_lib.tasks.common import ChoiceTask, Task, multiple_choice, read_jsonl
 from nanochat_lib.tasks.gsm8k import WordProblems
-from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows
+from nanochat_lib.tasks.spellingbee import QUESTIONS, Spelling, SpellingBee, bee_rows, even_rows
 from nanochat_lib.world_facts import Dice
 from nanochat_lib.world_problems import ALOUD, blend
 
@@ -65,18 +65,24 @@ def words_of(split: str, data: str) -> list[str]:
 
 
 def words_to_spell(split: str, data: str) -> list[str]:
-    """To test: words never asked for in training. To train on: the others, and almost nine times as many made-up ones.
+    """To test: words never asked for in training. To train on: the others, and some nine times as many made-up ones.
 
-    Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of.
+    Who is shown five hundred words learns a list; who spells `mapg` right has learned what tokens are made of. A token
+    that is in no word shown can't be spelled by anyone: so every word, also those of the test, begins two made-up ones.
     """
     words, dice = words_of(split, data), Dice(0)
-    return words if split == "test" else words + list({blend(dice, words): None for _ in range(9 * len(words))})
+    if split == "test":
+        return words
+    made = [blend(dice, words) for _ in range(7 * len(words))]
+    real = words + words_of("test", data)
+    made += [word + dice.pick(words)[-dice.between(1, 4):] for word in 2 * real]
+    return words + dice.shuffled(dict.fromkeys(word for word in made if word not in real))
 
 
 def letters(split: str, data: str) -> Task:
     """Counting letters: 3,000 questions to train on, 200 on words that were never counted."""
-    count, seed = (200, 1) if split == "test" else (3000, 0)
-    return SpellingBee(bee_rows(words_to_spell(split, data), count, seed, QUESTIONS[:1]))
+    words = words_to_spell(split, data)
+    return SpellingBee(bee_rows(words, 200, 1, QUESTIONS[:1]) if split == "test" else even_rows(words, 3000))
 
 
 def spelling(split: str, data: str) -> Task:
