@@ -110,7 +110,8 @@ PRESETS = {
         tokenizer=dict(vocab_size=1024),
         base={**LAPTOP_MODEL, "num_iterations": 780, "eval_every": 120, "eval_tokens": 65536, "save_every": 120},
         sft=dict(num_iterations=400, init_lr_frac=0.3, eval_every=200, chatcore_every=-1),
-        rl=dict(num_iterations=85, init_lr_frac=0.1, kl=0.05, max_new_tokens=96, eval_every=-1),  # kl: facts are kept
+        rl=dict(task="word_problems_2|word_problems_2|word_problems_1",  # the harder ones twice as often
+                num_iterations=85, init_lr_frac=0.055, max_new_tokens=96, eval_every=-1),  # at twice the rate, facts go
         evaluation=dict(max_problems=200, max_new_tokens=96),
     ),
     "gpu": Preset(
@@ -143,7 +144,7 @@ def plan(preset: Preset, data: str = "", run: str = "dummy") -> list[Stage]:
     source = flags(data_dir=text) if text else ()
     bundle = flags(eval_bundle=world / "eval_bundle") if embedded else ()
     chat = flags(mixture="world") if embedded else ()
-    task = flags(task="world" if embedded else "gsm8k")
+    practice = {"task": "world" if embedded else "gsm8k", **preset.rl}
     wandb = flags(run=run)
     fetch = [] if embedded or data else [Stage("dataset", "dataset", (f"-n={preset.shards}",), parallel=False)]
     return [
@@ -153,7 +154,7 @@ def plan(preset: Preset, data: str = "", run: str = "dummy") -> list[Stage]:
         Stage("base_eval", "scripts.base_eval", source + bundle),
         Stage("chat_sft", "scripts.chat_sft", chat + wandb + flags(**preset.sft), resumes=True),
         Stage("chat_eval_sft", "scripts.chat_eval", chat + flags(source="sft", **preset.evaluation)),
-        Stage("chat_rl", "scripts.chat_rl", task + wandb + flags(**preset.rl), resumes=True),
+        Stage("chat_rl", "scripts.chat_rl", wandb + flags(**practice), resumes=True),
         Stage("chat_eval_rl", "scripts.chat_eval", chat + flags(source="rl", **preset.evaluation)),
     ]
 

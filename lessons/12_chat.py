@@ -1674,9 +1674,9 @@ with urlopen(web_request) as stream:
 # Each bar ends an event of the stream.
 #
 # With OpenAI's own client it is `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. `stop`, `seed`,
-# `top_p`, `logprobs` and their like are heeded; what would be ignored (`n`, `tools`, `response_format`) is refused.
-# (Log-probabilities are the model's own, of temperature 1 before top-k and top-p, whatever the answer was sampled
-# with.) And what is wrong with a request is said before any model works on it:
+# `top_p`, `logprobs` and their like are heeded, and `n` answers to one question share its prompt; what would be ignored
+# (`tools`, `response_format`) is refused. (Log-probabilities are the model's own, of temperature 1 before top-k and
+# top-p, whatever the answer was sampled with.) And what is wrong with a request is said before any model works on it:
 
 # %%
 for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "user", "content": "x" * 9000}]):
