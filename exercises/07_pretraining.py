@@ -31,7 +31,7 @@ from nanochat_lib.course.checks import pretraining as check
 # fits, the shortest, cropped to the room that is left. Of equally long documents the one that came first goes first. What
 # has been used leaves the buffer, a cropped document too.
 #
-# A plain search through the list is fine here (the library's finds its document by bisection).
+# A plain search through the list is fine here (the library's finds its document without one).
 
 # %%
 def pack_row(buffer, length):
