@@ -369,6 +369,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -458,6 +459,7 @@ class Tries:
     place: torch.Tensor  # (Q, G) int64
     rewards: torch.Tensor  # (Q, G) float32
 
+    @cached_property
     def mask(self) -> torch.Tensor:
         """(rows, T − 1) float32: 1 on the trained tokens after the first."""
         return padded([row.mask[1:] for row in self.rows]).float()
@@ -501,7 +503,7 @@ def tries_of(questions: list[Question], keep_decided: bool = False) -> Tries | N
 def token_weights(objective: Callable, tries: Tries, terms: Terms, logp: torch.Tensor, old: torch.Tensor,
                   reference: torch.Tensor | None = None, kl: float = 0.0) -> torch.Tensor:
     """Derivative of objective + kl · kl_to_reference with respect to the rows' log-probabilities (rows, T − 1)."""
-    leaf, mask = logp.detach().clone().requires_grad_(), tries.mask()[tries.place]
+    leaf, mask = logp.detach().clone().requires_grad_(), tries.mask[tries.place]
     given = [table[tries.place] for table in (leaf, old, logp if reference is None else reference)]  # (Q, G, T − 1)
     loss = objective(*given, tries.rewards.to(logp.dtype), mask, terms)
     if kl:
@@ -1040,7 +1042,7 @@ class Policy:
     def descend(self, tries: Tries, terms: Terms, old: torch.Tensor | None,
                 reference: torch.Tensor | None) -> tuple[float, torch.Tensor]:
         """Add the gradient; returns the loss and what the model says now (rows, T − 1). `old`: None if it is the same."""
-        settings, now = self.settings, torch.zeros(len(tries.rows), tries.mask().size(1))
+        settings, now = self.settings, torch.zeros_like(tries.mask)
 
         def weights(places: list[int], logp: torch.Tensor) -> torch.Tensor:
             now[places, :logp.size(1)] = logp
@@ -1056,7 +1058,7 @@ class Policy:
         mine = 0.0
         if tries:
             tables = [table[tries.place] for table in (logp, logp, reference)]
-            mine = kl_to_reference(*tables, tries.rewards, tries.mask()[tries.place], terms).item()
+            mine = kl_to_reference(*tables, tries.rewards, tries.mask[tries.place], terms).item()
         return sum(gather(mine))
 
 # %%
@@ -1317,7 +1319,7 @@ def rl_step(engine: Engine, task: Task, settings: ChatBench, one_by_one: bool) -
                              seed=seed)
             engine.model.train()
             if tries := tries_of(asked, keep_decided=True):
-                table = tries.mask() * 0
+                table = tries.mask * 0
                 weights = token_weights(reinforce, tries, Terms(tokens=1000.0), table, table)
                 learn(engine.model, tries.rows, weights, most)
     engine.model.zero_grad(set_to_none=True)

@@ -163,7 +163,7 @@ class Policy:
     def descend(self, tries: Tries, terms: Terms, old: torch.Tensor | None,
                 reference: torch.Tensor | None) -> tuple[float, torch.Tensor]:
         """Add the gradient; returns the loss and what the model says now (rows, T − 1). `old`: None if it is the same."""
-        settings, now = self.settings, torch.zeros(len(tries.rows), tries.mask().size(1))
+        settings, now = self.settings, torch.zeros_like(tries.mask)
 
         def weights(places: list[int], logp: torch.Tensor) -> torch.Tensor:
             now[places, :logp.size(1)] = logp
@@ -179,7 +179,7 @@ class Policy:
         mine = 0.0
         if tries:
             tables = [table[tries.place] for table in (logp, logp, reference)]
-            mine = kl_to_reference(*tables, tries.rewards, tries.mask()[tries.place], terms).item()
+            mine = kl_to_reference(*tables, tries.rewards, tries.mask[tries.place], terms).item()
         return sum(gather(mine))
 
 

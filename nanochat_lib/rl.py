@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class Tries:
     place: torch.Tensor  # (Q, G) int64
     rewards: torch.Tensor  # (Q, G) float32
 
+    @cached_property
     def mask(self) -> torch.Tensor:
         """(rows, T − 1) float32: 1 on the trained tokens after the first."""
         return padded([row.mask[1:] for row in self.rows]).float()
@@ -121,7 +123,7 @@ def tries_of(questions: list[Question], keep_decided: bool = False) -> Tries | N
 def token_weights(objective: Callable, tries: Tries, terms: Terms, logp: torch.Tensor, old: torch.Tensor,
                   reference: torch.Tensor | None = None, kl: float = 0.0) -> torch.Tensor:
     """Derivative of objective + kl · kl_to_reference with respect to the rows' log-probabilities (rows, T − 1)."""
-    leaf, mask = logp.detach().clone().requires_grad_(), tries.mask()[tries.place]
+    leaf, mask = logp.detach().clone().requires_grad_(), tries.mask[tries.place]
     given = [table[tries.place] for table in (leaf, old, logp if reference is None else reference)]  # (Q, G, T − 1)
     loss = objective(*given, tries.rewards.to(logp.dtype), mask, terms)
     if kl:

@@ -61,7 +61,7 @@ def rl_step(engine: Engine, task: Task, settings: ChatBench, one_by_one: bool) -
                              seed=seed)
             engine.model.train()
             if tries := tries_of(asked, keep_decided=True):
-                table = tries.mask() * 0
+                table = tries.mask * 0
                 weights = token_weights(reinforce, tries, Terms(tokens=1000.0), table, table)
                 learn(engine.model, tries.rows, weights, most)
     engine.model.zero_grad(set_to_none=True)
