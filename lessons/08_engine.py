@@ -1003,7 +1003,7 @@ def layer_weights(model: GPT, number: int) -> Layer:
 def top_weights(model: GPT) -> list[Tensor]:
     """The weights outside the blocks."""
     weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda,
-               model.backout_lambda)
+               torch.cat((torch.ones_like(model.backout_lambda), -model.backout_lambda)))
     return [weight.detach().to(model.dtype) for weight in weights]
 
 # %%
@@ -1076,7 +1076,7 @@ class Decoder:
             x = self.finish(x, self.look.attend(number, q, slots), layer)
             if number == self.config.n_layer // 2:
                 halfway = x
-        x = F.rms_norm(x - self.top[4] * halfway, x.shape[-1:])
+        x = F.rms_norm(x + self.top[4][1] * halfway, x.shape[-1:])
         logits = F.linear(x, self.top[1][:self.config.vocab_size]).float()
         return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
 
@@ -1106,9 +1106,401 @@ assert all(torch.allclose(row, expected, atol=1e-4) for row in stepped)
 # the GPU waits. A **CUDA graph** records a step once, with all addresses and shapes, and replays it with a single launch. That is why the slots never
 # move and why a step asks the host for nothing. `torch.compile` makes one kernel of all that stands between two matrix products. An early form
 # of these cells, measured on an H200 (12 layers of width 768, bfloat16, one row): `GPT.forward` 12.2 ms, the step above 6.6 ms, recorded 0.78 ms,
-# recorded and fused 0.57 ms. That is 1,746 tokens a second, and 449 GB/s of the 4,250 the memory gives: a ninth. A model so small is bound by
-# the latency of 170 kernels, one after another; half of the bandwidth would take larger layers, or kernels that do a whole layer. With 64 rows a
-# step takes 1.16 ms, 54,900 tokens a second.
+# recorded and fused 0.57 ms: a ninth of the bandwidth. With 64 rows a step takes 1.16 ms, 54,900 tokens a second.
+#
+# A model so small is bound by the latency of 170 kernels, one after another. So one or two rows take **five kernels a layer**: norm and queries,
+# keys, values; attention over parts of the keys; sum of the parts and projection; norm and the wide product; the narrow one. A kernel's weights do
+# not depend on the kernel before it: it asks for them, lets the next one start (*programmatic dependent launch*), and only then waits for its
+# input. On an H100, at 2,016 tokens of context, such a step takes 0.20 ms, and the choice of a token 0.007 instead of 0.036 ms: while the step runs,
+# 43 % of the bandwidth. The engine as a whole gives some 2,500 tokens a second, 22 %: the host, which waits for a token before it starts the next
+# step, takes as long as the device.
+
+# %%
+#| export kernels/step
+"""A decode step of a few rows in five kernels a layer, and the choice of the next token in one.
+
+A product with one row reads its matrix once and computes next to nothing: all that counts is that the memory never
+waits. Weights do not depend on the kernel before, so each kernel first asks for its own, lets the next one start
+(programmatic dependent launch, from Hopper on), and only then waits for its input. Between the weights everything is
+float32. Needs torch and triton only.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# %%
+#| export kernels/step
+INTERPRETING = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy instead of a GPU
+EPSILON = tl.constexpr(1.1920929e-07)  # that of F.rms_norm: float32's
+MOST_ROWS = 2  # with more, cuBLAS and its matrix units are faster
+
+
+@triton.jit
+def follow(CHAINED: tl.constexpr):
+    """Let the next kernel start, and wait until the one before is done."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def inverse_length(x, K):
+    """1 / √(mean x²) of K numbers, behind which x holds zeros."""
+    return tl.rsqrt(tl.sum(x * x, 0) / K + EPSILON)
+
+
+@triton.jit
+def tile_of(weights, rows, columns, N, K):
+    """These rows of a matrix (N, K)."""
+    return tl.load(weights + rows.to(tl.int64)[:, None] * K + columns[None, :],
+                   mask=(rows < N)[:, None] & (columns < K)[None, :], other=0.0)
+
+# %%
+#| export kernels/step
+@triton.jit
+def embed_kernel(ids, wte, gate, strength, previous, out, K, CHANNELS: tl.constexpr, CHAINED: tl.constexpr,
+                 BLOCK_K: tl.constexpr):
+    """out (B, K): normed embeddings, with smear; `previous` (B, K) holds those before, then these."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK_K)
+    inside, line = columns < K, row * K + columns
+    x = tl.load(wte + tl.load(ids + row) * K + columns, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(previous + line, mask=inside, other=0.0).to(tl.float32)
+    x = (x * inverse_length(x, K)).to(previous.dtype.element_ty)
+    tl.store(previous + line, x, mask=inside)
+    x = x.to(tl.float32)
+    opened = tl.sum(x * tl.load(gate + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32), 0)
+    x += tl.load(strength).to(tl.float32) * tl.sigmoid(opened) * before
+    tl.store(out + line, x, mask=inside)
+
+# %% [markdown]
+# A product with what it needs before (mix, norm) and after (relu², softcap). The norm's factor is applied to the sums, so that no thread waits for it.
+
+# %%
+#| export kernels/step
+@triton.jit
+def norm_product_kernel(x, other, mix, mixed, weights, out, N, K, cap, B: tl.constexpr, SQUARED_RELU: tl.constexpr,
+                        CHAINED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out (B, N) = act(weights (N, K) · norm(x)) of x (B, K), or of mix[0] · x + mix[1] · other, kept in `mixed`.
+
+    The activation is relu², or a softcap if there is a `cap`, or none.
+    """
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    tile, inside = tile_of(weights, rows, columns, N, K), columns < K
+    if other is not None:
+        keep, take = tl.load(mix).to(tl.float32), tl.load(mix + 1).to(tl.float32)
+    follow(CHAINED)
+    for row in tl.static_range(B):
+        h = tl.load(x + row * K + columns, mask=inside, other=0.0)
+        if other is not None:
+            h = keep * h + take * tl.load(other + row * K + columns, mask=inside, other=0.0)
+        if mixed is not None:
+            if tl.program_id(0) == 0:
+                tl.store(mixed + row * K + columns, h, mask=inside)
+        y = tl.sum(tile.to(tl.float32) * h[None, :], 1) * inverse_length(h, K)  # two sums that need not wait for each other
+        if SQUARED_RELU:
+            y = tl.maximum(y, 0.0)
+            y *= y
+        if cap is not None:
+            small = tl.exp(-2 * tl.abs(y) / cap)
+            y = tl.where(y < 0, -cap, cap) * (1 - small) / (1 + small)
+        tl.store(out + row * N + rows, y, mask=rows < N)
+
+# %%
+#| export kernels/step
+@triton.jit
+def turned(x, cos, sin, D: tl.constexpr):
+    """Both halves of a head's query or key, turned by their position and normed to 1.2."""
+    half = tl.arange(0, D // 2)
+    one, two = tl.load(x + half), tl.load(x + D // 2 + half)
+    one, two = one * cos + two * sin, two * cos - one * sin
+    size = 1.2 * tl.rsqrt((tl.sum(one * one, 0) + tl.sum(two * two, 0)) / D + EPSILON)
+    return one * size, two * size
+
+
+@triton.jit
+def cached(keys, values, start, end, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Both halves of the keys, and the values, from position `start` on; zeros from `end` on."""
+    positions, half, dims = start + tl.arange(0, BLOCK), tl.arange(0, D // 2), tl.arange(0, D)
+    held, at = (positions < end)[:, None], positions[:, None] * D
+    one = tl.load(keys + at + half[None, :], mask=held, other=0.0)
+    two = tl.load(keys + at + D // 2 + half[None, :], mask=held, other=0.0)
+    return one, two, tl.load(values + at + dims[None, :], mask=held, other=0.0)
+
+# %%
+#| export kernels/step
+@triton.jit
+def attend_kernel(qkv, lengths, ids, cos, sin, values, keys_held, values_held, out, sums, width, kv_heads, capacity,
+                  window, GROUP: tl.constexpr, D: tl.constexpr, CHAINED: tl.constexpr, BLOCK: tl.constexpr):
+    """A part of what one head sees: out (B, parts, H · D) = Σ e^score · v, sums (B, parts, H) = Σ e^score.
+
+    qkv (B, width): queries, keys, values and, with value embeddings, their gates. The cache is (row, kv head, position,
+    D); the new key and value take the place `length`. Scores are bounded, so no maximum need be taken off.
+    """
+    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts, heads, kv_head = tl.num_programs(0), tl.num_programs(1), head // GROUP
+    half, dims = tl.arange(0, D // 2), tl.arange(0, D)
+    length = tl.load(lengths + row).to(tl.int32)
+    seen = tl.minimum(length, window)  # besides itself
+    share = tl.cdiv(tl.cdiv(seen, parts), BLOCK) * BLOCK
+    first = length - seen + part * share
+    end = tl.minimum(first + share, length)
+    keys_held += (row * kv_heads + kv_head).to(tl.int64) * capacity * D
+    values_held += (row * kv_heads + kv_head).to(tl.int64) * capacity * D
+    angles = length * (D // 2) + half
+    cosine, sine = tl.load(cos + angles).to(tl.float32), tl.load(sin + angles).to(tl.float32)
+    k_one, k_two, v = cached(keys_held, values_held, first, end, D, BLOCK)
+    follow(CHAINED)
+    qkv += row * width
+    q_one, q_two = turned(qkv + head * D, cosine, sine, D)
+    q_one, q_two = q_one * (1.0 / D**0.5), q_two * (1.0 / D**0.5)
+    acc, total = tl.zeros([BLOCK, D], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(first, end, BLOCK):
+        if start > first:
+            k_one, k_two, v = cached(keys_held, values_held, start, end, D, BLOCK)
+        scores = tl.sum(k_one.to(tl.float32) * q_one[None, :] + k_two.to(tl.float32) * q_two[None, :], 1)
+        shares = tl.where(start + tl.arange(0, BLOCK) < end, tl.exp(scores), 0.0)
+        total += shares
+        acc += shares[:, None] * v.to(tl.float32)
+    y, weight = tl.sum(acc, 0), tl.sum(total, 0)
+    if part == 0:  # the token itself
+        new_one, new_two = turned(qkv + (heads + kv_head) * D, cosine, sine, D)
+        new = tl.load(qkv + (heads + kv_heads + kv_head) * D + dims)
+        if values is not None:
+            gate = 3 * tl.sigmoid(tl.load(qkv + (heads + 2 * kv_heads) * D + kv_head))
+            new += gate * tl.load(values + (tl.load(ids + row) * kv_heads + kv_head) * D + dims).to(tl.float32)
+        if head % GROUP == 0:
+            tl.store(keys_held + length * D + half, new_one.to(keys_held.dtype.element_ty))
+            tl.store(keys_held + length * D + D // 2 + half, new_two.to(keys_held.dtype.element_ty))
+            tl.store(values_held + length * D + dims, new.to(values_held.dtype.element_ty))
+        own = tl.exp(tl.sum(q_one * new_one + q_two * new_two, 0))
+        y, weight = y + own * new, weight + own
+    line = (row * parts + part) * heads + head
+    tl.store(out + line * D + dims, y)
+    tl.store(sums + line, weight)
+
+# %%
+#| export kernels/step
+@triton.jit
+def add_product_kernel(stream, x, sums, weights, N, K, B: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+                       CHAINED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """stream (B, N) += weights (N, K) · x (B, K), or · what attention left in `PARTS` parts with their sums."""
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    tile = tile_of(weights, rows, columns, N, K)
+    follow(CHAINED)
+    for row in tl.static_range(B):
+        if sums is None:
+            h = tl.load(x + row * K + columns[None, :], mask=(columns < K)[None, :], other=0.0)
+        else:
+            heads, dims = tl.arange(0, BLOCK_K // D), tl.arange(0, D)
+            inside, at = heads < K // D, heads[:, None] * D + dims[None, :]
+            h, weight = tl.zeros([BLOCK_K // D, D], tl.float32), tl.zeros([BLOCK_K // D], tl.float32)
+            for part in tl.static_range(PARTS):
+                line = row * PARTS + part
+                h += tl.load(x + line * K + at, mask=inside[:, None], other=0.0)
+                weight += tl.load(sums + line * (K // D) + heads, mask=inside, other=1.0)
+            h = tl.reshape(h / weight[:, None], [1, BLOCK_K])
+        y = tl.load(stream + row * N + rows, mask=rows < N, other=0.0)
+        tl.store(stream + row * N + rows, y + tl.sum(tile.to(tl.float32) * h, 1), mask=rows < N)
+
+# %%
+#| export kernels/step
+@triton.jit
+def bound_of(logits, V, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest integer that TOP_K of V numbers reach, taken as integers of the same order; found by bisection."""
+    low, high = tl.full([], -2147483648, tl.int32), tl.full([], 2147483647, tl.int32)
+    for _ in range(32):
+        middle = (low | high) - ((low ^ high) >> 1)
+        count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, V, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + ids, mask=ids < V, other=float("-inf"))
+            count += ((in_order(z) >= middle) & (ids < V)).to(tl.int32)
+        enough = tl.sum(count, 0) >= TOP_K
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+    return low
+
+
+@triton.jit
+def in_order(z):
+    """Integers that are ordered as these float32 numbers are."""
+    bits = z.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def choose_kernel(logits, seeds, picked, B, V, temperature, TOP_K: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+    """picked (2, B) float64: a token of each row, and its log-probability. Equals sampling.pick, but for ties."""
+    row = tl.program_id(0)
+    logits += row * V
+    if TOP_K > 0:
+        bound = bound_of(logits, V, TOP_K, BLOCK)
+    best, best_id = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + ids, mask=ids < V, other=float("-inf"))
+        total += tl.exp(z)  # logits are within ±15
+        score = z
+        if NOISE:  # as in sampling.gumbel
+            x = (ids * -1640531535) ^ tl.load(seeds + row)
+            x = (x ^ (x >> 15)) * -2048144789
+            x = (x ^ (x >> 15)) * -1028477387
+            score = z / temperature - tl.log(-tl.log(((x >> 9).to(tl.float32) + 0.5) * 1.1920929e-07 + 0.5))
+        if TOP_K > 0:
+            score = tl.where(in_order(z) >= bound, score, float("-inf"))
+        best_id, best = tl.where(score > best, ids, best_id), tl.maximum(score, best)
+    token = tl.min(tl.where(best == tl.max(best, 0), best_id, V), 0)
+    chance = tl.load(logits + token) - tl.log(tl.sum(total, 0))
+    tl.store(picked + row, token.to(tl.float64))
+    tl.store(picked + B + row, chance.to(tl.float64))
+
+# %%
+#| export kernels/step
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Kernels may start before the one ahead is done from compute capability 9.0 on."""
+    if INTERPRETING or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return dict(CHAINED=False)
+    return dict(CHAINED=True, launch_pdl=True)
+
+
+def product_settings(N: int, K: int, numbers: int = 8192) -> dict[str, int]:
+    """Tile of a product with a matrix (N, K): whole rows, about so many `numbers`, which four warps hold in registers."""
+    columns = triton.next_power_of_2(K)
+    return dict(BLOCK_N=max(1, numbers // columns), BLOCK_K=columns, num_warps=4)
+
+
+def attend_settings(seen: int) -> tuple[int, dict[str, int]]:
+    """Parts into which a head's keys are cut, and how many are read at a time."""
+    return 8 if seen <= 512 else 16, dict(BLOCK=64, num_warps=4)
+
+# %%
+#| export kernels/step
+def embed(ids, wte, gate, strength, previous) -> torch.Tensor:
+    """(B, C) float32: see embed_kernel."""
+    B, K = previous.shape
+    out, chained = torch.empty(B, K, device=previous.device), launch_options(previous.device)["CHAINED"]
+    embed_kernel[B,](ids, wte, gate, strength, previous, out, K, gate.size(-1), chained, triton.next_power_of_2(K))
+    return out
+
+
+def norm_product(x, weights, other=None, mix=None, mixed=None, squared_relu=False, cap=None) -> torch.Tensor:
+    """(B, N) float32: see norm_product_kernel."""
+    (B, K), N = x.shape, len(weights)
+    out, sizes = torch.empty(B, N, device=x.device), product_settings(N, K)
+    norm_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](x, other, mix, mixed, weights, out, N, K, cap, B, squared_relu,
+                                                          **sizes, **launch_options(x.device))
+    return out
+
+
+def attend(qkv, lengths, ids, cos, sin, values, store, heads, window) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts (B, parts, H · D) and their sums (B, parts, H): see attend_kernel. store (2, rows, KVH, capacity, D)."""
+    (B, width), (_, _, KVH, capacity, D) = qkv.shape, store.shape
+    parts, sizes = attend_settings(min(window, capacity))
+    out, sums = torch.empty(B, parts, heads * D, device=qkv.device), torch.empty(B, parts, heads, device=qkv.device)
+    attend_kernel[parts, heads, B](qkv, lengths, ids, cos, sin, values, store[0], store[1], out, sums, width, KVH, capacity,
+                                   window, heads // KVH, D, **sizes, **launch_options(qkv.device))
+    return out, sums
+
+
+def add_product(stream, x, weights, sums=None) -> torch.Tensor:
+    """stream (B, N) + x · weightsᵀ, in place: see add_product_kernel."""
+    (B, N), K = stream.shape, weights.size(1)
+    D, parts = (1, 0) if sums is None else (K // sums.size(-1), sums.size(1))
+    sizes = product_settings(N, K, 16384 if parts and K <= 1024 else 8192)  # each program adds up all parts: fewer of them
+    add_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](stream, x, sums, weights, N, K, B, D, parts, **sizes,
+                                                         **launch_options(x.device))
+    return stream
+
+# %%
+#| export kernels/step
+def choose(logits: torch.Tensor, seeds: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
+    """(2, B) float64: see choose_kernel. logits (B, V) float32 within ±15; seeds (B,) int32."""
+    B, V = logits.shape
+    picked = torch.empty(2, B, dtype=torch.float64, device=logits.device)
+    k = top_k if 0 < (top_k or 0) < V and temperature > 0 else 0
+    choose_kernel[B,](logits, seeds, picked, B, V, max(temperature, 1e-6), k, temperature > 0,
+                      min(4096, triton.next_power_of_2(V)), num_warps=16)
+    return picked
+
+# %%
+#| export kernels/step
+def compile_cases(capability: int):
+    """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
+    chained = capability >= 90
+    links, D = {"launch_pdl": True} if chained else {}, 128
+    matrix = {"weights": "*bf16", "N": "i32:16", "K": "i32:16"}
+    floats = dict.fromkeys(("x", "other", "mixed", "out", "stream", "sums", "qkv"), "*fp32")
+    embedding = {"ids": "*i64", **dict.fromkeys(("wte", "gate", "strength", "previous"), "*bf16"), "out": "*fp32"}
+    yield "embedding", embed_kernel, embedding, {"CHANNELS": 24, "CHAINED": chained, "BLOCK_K": 1024}, {}
+    for N, K, parts, B in ((768, 768, 8, 1), (768, 3072, 0, 2), (3072, 768, None, 1), (1536, 1536, 16, 2)):
+        sizes = product_settings(N, K, 16384 if parts and K <= 1024 else 8192) | {"B": B, "CHAINED": chained}
+        options = links | {"num_warps": sizes.pop("num_warps")}
+        if parts is None:
+            types = {name: floats[name] for name in ("x", "other", "mixed", "out")} | matrix | {"mix": "*bf16"}
+            yield f"norm, product {N} × {K}", norm_product_kernel, types, {"cap": None, "SQUARED_RELU": False, **sizes}, options
+            continue
+        types = {name: floats[name] for name in ("stream", "x", "sums")} | matrix
+        constants = {"D": D if parts else 1, "PARTS": parts, **sizes} | ({} if parts else {"sums": None})
+        types = {name: kind for name, kind in types.items() if name not in constants}
+        yield f"product {N} × {K}, {parts} parts, {B} rows", add_product_kernel, types, constants, options
+    sizes = attend_settings(2048)[1] | {"GROUP": 1, "D": D, "CHAINED": chained}
+    options = links | {"num_warps": sizes.pop("num_warps")}
+    types = {name: floats[name] for name in ("qkv", "out", "sums")} | {"lengths": "*i64", "ids": "*i64"}
+    types |= dict.fromkeys(("cos", "sin", "values", "keys_held", "values_held"), "*bf16")
+    yield f"attention D={D}", attend_kernel, types, sizes, options
+    types = {"logits": "*fp32", "seeds": "*i32", "picked": "*fp64", "temperature": "fp32"}
+    yield "choice", choose_kernel, types, {"TOP_K": 50, "NOISE": True, "BLOCK": 4096}, {"num_warps": 16}
+
+# %%
+#| export kernel_step
+"""A decode step of a few rows through the kernels of kernels/step.py: the same result as Decoder's."""
+
+import torch
+from torch import Tensor
+
+from nanochat_lib.decoder import Decoder
+from nanochat_lib.fused import SOFTCAP
+from nanochat_lib.kernels import step
+from nanochat_lib.slots import Slots
+
+# %%
+#| export kernel_step
+class KernelStep:
+    """Decoder's step in five kernels a layer, for up to MOST_ROWS rows without shared beginnings."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder, self.config = decoder, decoder.config
+        self.windows, D = decoder.look.windows, decoder.config.head_dim
+        self.possible = 32 <= D <= 256 and D & (D - 1) == 0 and decoder.config.n_embd <= 4096
+
+    def suits(self, slots: Slots, B: int) -> bool:
+        return self.possible and B <= step.MOST_ROWS and slots.members is None
+
+    def __call__(self, slots: Slots, B: int) -> Tensor:
+        """Logits (B, vocab) float32 after the tokens slots.ids, whose keys and values are now the rows' last."""
+        wte, head, gate, strength, backout = self.decoder.top
+        model, ids, lengths = self.decoder.model, slots.ids[:B], slots.lengths[:B]
+        x = x0 = step.embed(ids, wte, gate, strength, slots.previous[:B])
+        for number, layer in enumerate(self.decoder.layers):
+            stream = torch.empty_like(x0)
+            qkv = step.norm_product(x, layer.qkv, x0, layer.mix, stream)
+            parts, sums = step.attend(qkv, lengths, ids, model.cos, model.sin, layer.values, slots.tails[number],
+                                      self.config.n_head, self.windows[number])
+            step.add_product(stream, parts, layer.proj, sums)
+            x = step.add_product(stream, step.norm_product(stream, layer.fc, squared_relu=True), layer.out)
+            if number == self.config.n_layer // 2:
+                halfway = x
+        return step.norm_product(x, head[:self.config.vocab_size], halfway, backout, cap=SOFTCAP)
+
+    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None) -> Tensor:
+        """As sampling.pick without a nucleus."""
+        return step.choose(logits, seeds, temperature, top_k)
 
 # %%
 #| export graphs
@@ -1120,6 +1512,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nanochat_lib.attention import HAVE_TRITON
 from nanochat_lib.decoder import Decoder, Place
 from nanochat_lib.gpt import GPT
 from nanochat_lib.sampling import pick
@@ -1148,16 +1541,20 @@ def compiled_for_rows(function: Callable) -> Callable:
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
-    Rows beyond the batch run along and write into free slots. `fuse`: torch.compile makes one kernel of what stands
-    between two matrix products. `record` = False runs the same steps of fixed shape without graphs.
+    Rows beyond the batch run along and write into free slots. `fuse`: a few rows take KernelStep; for more, torch.compile
+    makes one kernel of what stands between two matrix products. `record` = False runs the same steps without graphs.
     """
 
     def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
         self.decoder, self.record, self.slots, self.graphs = Decoder(model), record, None, {}
         self.refresh, self.plain = self.decoder.refresh, (self.decoder.project, self.decoder.finish)
-        self.decoder.static, self.fused, self.unsure = True, fuse, fuse
+        self.decoder.static, self.fused, self.unsure, self.kernels = True, fuse, fuse, None
         if fuse:
             self.decoder.project, self.decoder.finish = map(compiled_for_rows, self.plain)
+        if fuse and HAVE_TRITON and model.lm_head.weight.is_cuda:
+            from nanochat_lib.kernel_step import KernelStep
+
+            self.kernels = KernelStep(self.decoder)
 
     @staticmethod
     def padded(B: int, rows: int) -> int:
@@ -1179,11 +1576,19 @@ class GraphedDecoder:
         """As sampling.pick, recorded too where the logits are a recorded step's."""
         step = next((key for key, made in self.graphs.items() if made[1].data_ptr() == logits.data_ptr()), None)
         if step is None or not self.record:
-            return pick(logits, seeds, *settings)
+            return self.choose(logits, seeds, *settings)
         whole = self.graphs[step][1]  # the logits of padded rows too
-        _, held = self.graphs.setdefault("seeds", (None, seeds.new_zeros(self.slots.rows)))
+        if "seeds" not in self.graphs:
+            self.graphs["seeds"] = None, seeds.new_zeros(self.slots.rows)
+        held = self.graphs["seeds"][1]
         held[:len(seeds)] = seeds
-        return self.replay((*step, *settings), lambda: pick(whole, held[:len(whole)], *settings))[:, :len(seeds)]
+        return self.replay((*step, *settings), lambda: self.choose(whole, held[:len(whole)], *settings))[:, :len(seeds)]
+
+    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+        """As sampling.pick, in one kernel where that can."""
+        if self.kernels and self.fused and (top_p is None or top_p >= 1):
+            return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
+        return pick(logits, seeds, temperature, top_k, top_p)
 
     def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
         """The result of a step: recorded at first, replayed from then on. The result stays at its place."""
@@ -1216,9 +1621,9 @@ class GraphedDecoder:
 
     def run(self, slots: Slots, size: int) -> Tensor:
         """A step; without fused kernels from now on, if they cannot be made here."""
-        previous = slots.previous.clone() if self.unsure else None
+        previous, fast = slots.previous.clone() if self.unsure else None, self.kernels and self.fused
         try:
-            logits = self.decoder(slots, size)
+            logits = (self.kernels if fast and self.kernels.suits(slots, size) else self.decoder)(slots, size)
         except Exception as error:
             if not self.unsure:
                 raise
@@ -1580,7 +1985,6 @@ from nanochat_lib.common import NanochatError
 from nanochat_lib.notes import Notes
 from nanochat_lib.prefill import prefill
 from nanochat_lib.request import Completion, Request, Token
-from nanochat_lib.sampling import pick
 from nanochat_lib.slots import Slots
 
 if TYPE_CHECKING:
@@ -1655,7 +2059,7 @@ class Batch:
         else:
             picked = torch.empty(2, len(seeds), dtype=torch.float64, device=self.runner.device)
             for settings, rows in self.groups:
-                picked[:, rows] = pick(self.logits[rows], seeds[rows], *settings)
+                picked[:, rows] = self.runner.pick(self.logits[rows], seeds[rows], settings)
         tokens, logprobs = picked.cpu().numpy()
         return tokens.astype(np.int64), logprobs
 
@@ -1945,7 +2349,7 @@ import torch
 from nanochat_lib.checkpoint import load_model
 from nanochat_lib.common import pick_device, print0, run_cli
 from nanochat_lib.engine import Engine
-from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.gpt import GPTConfig, build_model, window_sizes
 from nanochat_lib.kv_cache import cache_bytes
 from nanochat_lib.request import Request
 from nanochat_lib.tokenizer import Tokenizer
@@ -2051,7 +2455,8 @@ class Bench:
         print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} "
                "without: " + verdict(rates["cached"] / rates["recomputing"], 10))
         weights = sum(p.numel() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
-        moved, speed = size * weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
+        seen = sum(min(window, len(full)) for window in window_sizes(config)) // config.n_layer  # on average
+        moved, speed = size * weights + cache_bytes(config, 1, seen, size), bandwidth(self.device)
         share = moved * rates["cached"] / speed
         target = f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""
         print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its "

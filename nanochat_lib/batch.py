@@ -12,7 +12,6 @@ from nanochat_lib.common import NanochatError
 from nanochat_lib.notes import Notes
 from nanochat_lib.prefill import prefill
 from nanochat_lib.request import Completion, Request, Token
-from nanochat_lib.sampling import pick
 from nanochat_lib.slots import Slots
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class Batch:
         else:
             picked = torch.empty(2, len(seeds), dtype=torch.float64, device=self.runner.device)
             for settings, rows in self.groups:
-                picked[:, rows] = pick(self.logits[rows], seeds[rows], *settings)
+                picked[:, rows] = self.runner.pick(self.logits[rows], seeds[rows], settings)
         tokens, logprobs = picked.cpu().numpy()
         return tokens.astype(np.int64), logprobs
 

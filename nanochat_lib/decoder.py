@@ -48,7 +48,7 @@ def layer_weights(model: GPT, number: int) -> Layer:
 def top_weights(model: GPT) -> list[Tensor]:
     """The weights outside the blocks."""
     weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda,
-               model.backout_lambda)
+               torch.cat((torch.ones_like(model.backout_lambda), -model.backout_lambda)))
     return [weight.detach().to(model.dtype) for weight in weights]
 
 
@@ -120,6 +120,6 @@ class Decoder:
             x = self.finish(x, self.look.attend(number, q, slots), layer)
             if number == self.config.n_layer // 2:
                 halfway = x
-        x = F.rms_norm(x - self.top[4] * halfway, x.shape[-1:])
+        x = F.rms_norm(x + self.top[4][1] * halfway, x.shape[-1:])
         logits = F.linear(x, self.top[1][:self.config.vocab_size]).float()
         return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)

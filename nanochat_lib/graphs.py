@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nanochat_lib.attention import HAVE_TRITON
 from nanochat_lib.decoder import Decoder, Place
 from nanochat_lib.gpt import GPT
 from nanochat_lib.sampling import pick
@@ -33,16 +34,20 @@ def compiled_for_rows(function: Callable) -> Callable:
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
-    Rows beyond the batch run along and write into free slots. `fuse`: torch.compile makes one kernel of what stands
-    between two matrix products. `record` = False runs the same steps of fixed shape without graphs.
+    Rows beyond the batch run along and write into free slots. `fuse`: a few rows take KernelStep; for more, torch.compile
+    makes one kernel of what stands between two matrix products. `record` = False runs the same steps without graphs.
     """
 
     def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
         self.decoder, self.record, self.slots, self.graphs = Decoder(model), record, None, {}
         self.refresh, self.plain = self.decoder.refresh, (self.decoder.project, self.decoder.finish)
-        self.decoder.static, self.fused, self.unsure = True, fuse, fuse
+        self.decoder.static, self.fused, self.unsure, self.kernels = True, fuse, fuse, None
         if fuse:
             self.decoder.project, self.decoder.finish = map(compiled_for_rows, self.plain)
+        if fuse and HAVE_TRITON and model.lm_head.weight.is_cuda:
+            from nanochat_lib.kernel_step import KernelStep
+
+            self.kernels = KernelStep(self.decoder)
 
     @staticmethod
     def padded(B: int, rows: int) -> int:
@@ -64,11 +69,19 @@ class GraphedDecoder:
         """As sampling.pick, recorded too where the logits are a recorded step's."""
         step = next((key for key, made in self.graphs.items() if made[1].data_ptr() == logits.data_ptr()), None)
         if step is None or not self.record:
-            return pick(logits, seeds, *settings)
+            return self.choose(logits, seeds, *settings)
         whole = self.graphs[step][1]  # the logits of padded rows too
-        _, held = self.graphs.setdefault("seeds", (None, seeds.new_zeros(self.slots.rows)))
+        if "seeds" not in self.graphs:
+            self.graphs["seeds"] = None, seeds.new_zeros(self.slots.rows)
+        held = self.graphs["seeds"][1]
         held[:len(seeds)] = seeds
-        return self.replay((*step, *settings), lambda: pick(whole, held[:len(whole)], *settings))[:, :len(seeds)]
+        return self.replay((*step, *settings), lambda: self.choose(whole, held[:len(whole)], *settings))[:, :len(seeds)]
+
+    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+        """As sampling.pick, in one kernel where that can."""
+        if self.kernels and self.fused and (top_p is None or top_p >= 1):
+            return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
+        return pick(logits, seeds, temperature, top_k, top_p)
 
     def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
         """The result of a step: recorded at first, replayed from then on. The result stays at its place."""
@@ -101,9 +114,9 @@ class GraphedDecoder:
 
     def run(self, slots: Slots, size: int) -> Tensor:
         """A step; without fused kernels from now on, if they cannot be made here."""
-        previous = slots.previous.clone() if self.unsure else None
+        previous, fast = slots.previous.clone() if self.unsure else None, self.kernels and self.fused
         try:
-            logits = self.decoder(slots, size)
+            logits = (self.kernels if fast and self.kernels.suits(slots, size) else self.decoder)(slots, size)
         except Exception as error:
             if not self.unsure:
                 raise

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-KERNELS = pytest.mark.parametrize("kernel", ["flash", "decoding", "loss"])
+KERNELS = pytest.mark.parametrize("kernel", ["flash", "decoding", "loss", "step"])
 
 
 def run_cases(kernel, interpret):

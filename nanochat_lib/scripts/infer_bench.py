@@ -18,7 +18,7 @@ import torch
 from nanochat_lib.checkpoint import load_model
 from nanochat_lib.common import pick_device, print0, run_cli
 from nanochat_lib.engine import Engine
-from nanochat_lib.gpt import GPTConfig, build_model
+from nanochat_lib.gpt import GPTConfig, build_model, window_sizes
 from nanochat_lib.kv_cache import cache_bytes
 from nanochat_lib.request import Request
 from nanochat_lib.tokenizer import Tokenizer
@@ -121,7 +121,8 @@ class Bench:
         print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} "
                "without: " + verdict(rates["cached"] / rates["recomputing"], 10))
         weights = sum(p.numel() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
-        moved, speed = size * weights + cache_bytes(config, 1, len(full), size), bandwidth(self.device)
+        seen = sum(min(window, len(full)) for window in window_sizes(config)) // config.n_layer  # on average
+        moved, speed = size * weights + cache_bytes(config, 1, seen, size), bandwidth(self.device)
         share = moved * rates["cached"] / speed
         target = f" (target 50 %: {'reached' if share >= 0.5 else 'not reached'})" if self.device.type == "cuda" else ""
         print0(f"each token reads {moved / 1e6:.1f} MB, and this memory {speed / 1e9:,.0f} GB/s: {share:.0%} of its "
