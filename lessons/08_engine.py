@@ -1587,7 +1587,11 @@ class GraphedDecoder:
     def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
         """As sampling.pick, in one kernel where that can."""
         if self.kernels and self.fused and (top_p is None or top_p >= 1):
-            return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
+            try:
+                return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
+            except Exception as error:
+                notice("without kernels of its own", error)
+                self.kernels = None
         return pick(logits, seeds, temperature, top_k, top_p)
 
     def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
@@ -1746,6 +1750,8 @@ with torch.inference_mode():
 #| export runner
 """The model's side of an engine: prefill, decode, sampling, and the memory they work in."""
 
+import contextlib
+
 import psutil
 import torch
 
@@ -1773,6 +1779,10 @@ class Runner:
         self.decoder = (GraphedDecoder if self.device.type == "cuda" else Decoder)(model)
         self.numpy_step = NumpyStep(model) if NumpyStep.suits(model) else None
         self.spare: Slots | None = None  # of the last batch: the next one is often of the same size
+
+    def on_device(self) -> contextlib.AbstractContextManager:
+        """Triton and CUDA graphs take the thread's current GPU, so a replica on another one says which."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def read(self, tokens: torch.Tensor, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
         """Prefill: feed tokens (B, T) to the cache; returns the logits (B, V) after each row's token `last` (B,)."""
@@ -2019,9 +2029,13 @@ class Batch:
         """Let go of a request at the next step; its completion is what it has until then."""
         self.cancelled.add(request)
 
-    @torch.inference_mode()
     def step(self) -> list[Request]:
         """One more token for every running row, after letting waiting ones join; returns the requests finished now."""
+        with torch.inference_mode(), self.runner.on_device():
+            return self.take_step()
+
+    def take_step(self) -> list[Request]:
+        """See step."""
         finished = self.drop_cancelled() if self.cancelled else []
         if self.waiting and (len(self.notes.free) >= self.refill or not self.running):
             done, joining, fresh = admit(self.waiting, self.slots, len(self.notes.free), self.context)

@@ -45,9 +45,13 @@ class Batch:
         """Let go of a request at the next step; its completion is what it has until then."""
         self.cancelled.add(request)
 
-    @torch.inference_mode()
     def step(self) -> list[Request]:
         """One more token for every running row, after letting waiting ones join; returns the requests finished now."""
+        with torch.inference_mode(), self.runner.on_device():
+            return self.take_step()
+
+    def take_step(self) -> list[Request]:
+        """See step."""
         finished = self.drop_cancelled() if self.cancelled else []
         if self.waiting and (len(self.notes.free) >= self.refill or not self.running):
             done, joining, fresh = admit(self.waiting, self.slots, len(self.notes.free), self.context)

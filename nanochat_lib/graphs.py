@@ -80,7 +80,11 @@ class GraphedDecoder:
     def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
         """As sampling.pick, in one kernel where that can."""
         if self.kernels and self.fused and (top_p is None or top_p >= 1):
-            return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
+            try:
+                return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
+            except Exception as error:
+                notice("without kernels of its own", error)
+                self.kernels = None
         return pick(logits, seeds, temperature, top_k, top_p)
 
     def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:

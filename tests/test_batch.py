@@ -1,7 +1,9 @@
 """The running batch: shared beginnings, fixed memory, who joins when, and that none of it changes a token."""
 
 import collections
+import contextlib
 import random
+import types
 
 import numpy as np
 import pytest
@@ -382,6 +384,34 @@ def test_a_gpu_that_cannot_record_goes_on_without(make_model, tokenizer, capsys)
     engine.runner.decoder = broken
     check_greedy(engine, [tokens_of(82, 9), tokens_of(83, 4)], 4)
     assert capsys.readouterr().err == "engine: without fused kernels: no compiler\n"
+
+
+def test_a_gpu_without_a_compiler_samples_all_the_same(make_model, capsys):
+    decoder = GraphedDecoder(make_model(seed=12), fuse=False)
+    decoder.kernels, decoder.fused = types.SimpleNamespace(choose=lambda *arguments: 1 / 0), True
+    logits, seeds = torch.randn(3, 309), torch.arange(3, dtype=torch.int32)
+    for settings in [(0.0, None, None), (1.0, 50, None), (1.0, None, 0.9)]:
+        assert torch.equal(decoder.pick(logits, seeds, settings), pick(logits, seeds, *settings))
+    assert decoder.kernels is None and capsys.readouterr().err == "engine: without kernels of its own: division by zero\n"
+
+
+def test_all_of_a_step_runs_on_the_engines_device(make_model, tokenizer, monkeypatch):
+    engine, where = Engine(make_model(), tokenizer), []
+
+    @contextlib.contextmanager
+    def on_device():
+        where.append("engine's")
+        yield
+        where.pop()
+
+    def watched(function):
+        return lambda *arguments: function(*arguments) if where == ["engine's"] else pytest.fail("on another GPU")
+
+    monkeypatch.setattr(engine.runner, "on_device", on_device)
+    for name in ("read", "decode", "pick"):
+        monkeypatch.setattr(engine.runner, name, watched(getattr(engine.runner, name)))
+    engine.run([Request(tokens_of(5, 7), 3), Request(tokens_of(6, 4), 5)])
+    assert not where
 
 
 def test_trained_weights_are_taken_over(make_model, tokenizer):
