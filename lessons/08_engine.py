@@ -1003,7 +1003,7 @@ def layer_weights(model: GPT, number: int) -> Layer:
 def top_weights(model: GPT) -> list[Tensor]:
     """The weights outside the blocks."""
     weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda,
-               torch.cat((torch.ones_like(model.backout_lambda), -model.backout_lambda)))
+               torch.cat((torch.ones_like(model.backout_lambda), -model.backout_lambda)))  # of the stream, of halfway
     return [weight.detach().to(model.dtype) for weight in weights]
 
 # %%
@@ -1210,6 +1210,10 @@ def norm_product_kernel(x, other, mix, mixed, weights, out, N, K, cap, B: tl.con
             y = tl.where(y < 0, -cap, cap) * (1 - small) / (1 + small)
         tl.store(out + row * N + rows, y, mask=rows < N)
 
+# %% [markdown]
+# Attention: a program takes one part of one head's keys and leaves a sum of values and a sum of weights; the next kernel adds the parts up. Keys and
+# queries stay in halves, as rotary positions pair them. The first part also takes the new token, and writes its key and value to the cache.
+
 # %%
 #| export kernels/step
 @triton.jit
@@ -1307,8 +1311,19 @@ def add_product_kernel(stream, x, sums, weights, N, K, B: tl.constexpr, D: tl.co
         y = tl.load(stream + row * N + rows, mask=rows < N, other=0.0)
         tl.store(stream + row * N + rows, y + tl.sum(tile.to(tl.float32) * h, 1), mask=rows < N)
 
+# %% [markdown]
+# The choice of a token is one kernel. It reads the logits once, or with top-k 33 times: the k-th largest is found by
+# halving the range in which it lies.
+
 # %%
 #| export kernels/step
+@triton.jit
+def in_order(z):
+    """Integers that are ordered as these float32 numbers are."""
+    bits = z.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 @triton.jit
 def bound_of(logits, V, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """The largest integer that TOP_K of V numbers reach, taken as integers of the same order; found by bisection."""
@@ -1323,13 +1338,6 @@ def bound_of(logits, V, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
         enough = tl.sum(count, 0) >= TOP_K
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
     return low
-
-
-@triton.jit
-def in_order(z):
-    """Integers that are ordered as these float32 numbers are."""
-    bits = z.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -1369,9 +1377,10 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return dict(CHAINED=True, launch_pdl=True)
 
 
-def product_settings(N: int, K: int, numbers: int = 8192) -> dict[str, int]:
-    """Tile of a product with a matrix (N, K): whole rows, about so many `numbers`, which four warps hold in registers."""
+def product_settings(K: int, parts: int = 0) -> dict[str, int]:
+    """Tile of a product with a matrix of K columns: whole rows, about 8,192 numbers, which four warps hold in registers."""
     columns = triton.next_power_of_2(K)
+    numbers = 16384 if parts and K <= 1024 else 8192  # every program adds up all parts: fewer programs
     return dict(BLOCK_N=max(1, numbers // columns), BLOCK_K=columns, num_warps=4)
 
 
@@ -1382,7 +1391,7 @@ def attend_settings(seen: int) -> tuple[int, dict[str, int]]:
 # %%
 #| export kernels/step
 def embed(ids, wte, gate, strength, previous) -> torch.Tensor:
-    """(B, C) float32: see embed_kernel."""
+    """(B, C) float32: see embed_kernel. The first kernel of a step starts when all before it is done."""
     B, K = previous.shape
     out, chained = torch.empty(B, K, device=previous.device), launch_options(previous.device)["CHAINED"]
     embed_kernel[B,](ids, wte, gate, strength, previous, out, K, gate.size(-1), chained, triton.next_power_of_2(K))
@@ -1392,7 +1401,7 @@ def embed(ids, wte, gate, strength, previous) -> torch.Tensor:
 def norm_product(x, weights, other=None, mix=None, mixed=None, squared_relu=False, cap=None) -> torch.Tensor:
     """(B, N) float32: see norm_product_kernel."""
     (B, K), N = x.shape, len(weights)
-    out, sizes = torch.empty(B, N, device=x.device), product_settings(N, K)
+    out, sizes = torch.empty(B, N, device=x.device), product_settings(K)
     norm_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](x, other, mix, mixed, weights, out, N, K, cap, B, squared_relu,
                                                           **sizes, **launch_options(x.device))
     return out
@@ -1412,7 +1421,7 @@ def add_product(stream, x, weights, sums=None) -> torch.Tensor:
     """stream (B, N) + x · weightsᵀ, in place: see add_product_kernel."""
     (B, N), K = stream.shape, weights.size(1)
     D, parts = (1, 0) if sums is None else (K // sums.size(-1), sums.size(1))
-    sizes = product_settings(N, K, 16384 if parts and K <= 1024 else 8192)  # each program adds up all parts: fewer of them
+    sizes = product_settings(K, parts)
     add_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](stream, x, sums, weights, N, K, B, D, parts, **sizes,
                                                          **launch_options(x.device))
     return stream
@@ -1439,11 +1448,12 @@ def compile_cases(capability: int):
     embedding = {"ids": "*i64", **dict.fromkeys(("wte", "gate", "strength", "previous"), "*bf16"), "out": "*fp32"}
     yield "embedding", embed_kernel, embedding, {"CHANNELS": 24, "CHAINED": chained, "BLOCK_K": 1024}, {}
     for N, K, parts, B in ((768, 768, 8, 1), (768, 3072, 0, 2), (3072, 768, None, 1), (1536, 1536, 16, 2)):
-        sizes = product_settings(N, K, 16384 if parts and K <= 1024 else 8192) | {"B": B, "CHAINED": chained}
+        sizes = product_settings(K, parts or 0) | {"B": B, "CHAINED": chained}
         options = links | {"num_warps": sizes.pop("num_warps")}
         if parts is None:
             types = {name: floats[name] for name in ("x", "other", "mixed", "out")} | matrix | {"mix": "*bf16"}
-            yield f"norm, product {N} × {K}", norm_product_kernel, types, {"cap": None, "SQUARED_RELU": False, **sizes}, options
+            constants = {"cap": None, "SQUARED_RELU": False, **sizes}
+            yield f"norm, product {N} × {K}", norm_product_kernel, types, constants, options
             continue
         types = {name: floats[name] for name in ("stream", "x", "sums")} | matrix
         constants = {"D": D if parts else 1, "PARTS": parts, **sizes} | ({} if parts else {"sums": None})
@@ -1472,7 +1482,9 @@ from nanochat_lib.slots import Slots
 # %%
 #| export kernel_step
 class KernelStep:
-    """Decoder's step in five kernels a layer, for up to MOST_ROWS rows without shared beginnings."""
+    """Decoder's step in five kernels a layer, for up to MOST_ROWS rows without shared beginnings; and `choose`."""
+
+    choose = staticmethod(step.choose)
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.config = decoder, decoder.config
@@ -1497,10 +1509,6 @@ class KernelStep:
             if number == self.config.n_layer // 2:
                 halfway = x
         return step.norm_product(x, head[:self.config.vocab_size], halfway, backout, cap=SOFTCAP)
-
-    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None) -> Tensor:
-        """As sampling.pick without a nucleus."""
-        return step.choose(logits, seeds, temperature, top_k)
 
 # %%
 #| export graphs
@@ -1586,7 +1594,7 @@ class GraphedDecoder:
 
     def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
         """As sampling.pick, in one kernel where that can."""
-        if self.kernels and self.fused and (top_p is None or top_p >= 1):
+        if self.kernels and (top_p is None or top_p >= 1):
             try:
                 return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
             except Exception as error:
@@ -1625,14 +1633,15 @@ class GraphedDecoder:
 
     def run(self, slots: Slots, size: int) -> Tensor:
         """A step; without fused kernels from now on, if they cannot be made here."""
-        previous, fast = slots.previous.clone() if self.unsure else None, self.kernels and self.fused
+        previous = slots.previous.clone() if self.unsure else None
+        step = self.kernels if self.kernels and self.kernels.suits(slots, size) else self.decoder
         try:
-            logits = (self.kernels if fast and self.kernels.suits(slots, size) else self.decoder)(slots, size)
+            logits = step(slots, size)
         except Exception as error:
             if not self.unsure:
                 raise
             notice("without fused kernels", error)
-            self.fused = False
+            self.fused, self.kernels = False, None
             self.decoder.project, self.decoder.finish = self.plain
             slots.previous.copy_(previous)
             logits = self.decoder(slots, size)
@@ -2035,7 +2044,7 @@ class Batch:
             return self.take_step()
 
     def take_step(self) -> list[Request]:
-        """See step."""
+        """What `step` does, once the device is the engine's."""
         finished = self.drop_cancelled() if self.cancelled else []
         if self.waiting and (len(self.notes.free) >= self.refill or not self.running):
             done, joining, fresh = admit(self.waiting, self.slots, len(self.notes.free), self.context)

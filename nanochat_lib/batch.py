@@ -51,7 +51,7 @@ class Batch:
             return self.take_step()
 
     def take_step(self) -> list[Request]:
-        """See step."""
+        """What `step` does, once the device is the engine's."""
         finished = self.drop_cancelled() if self.cancelled else []
         if self.waiting and (len(self.notes.free) >= self.refill or not self.running):
             done, joining, fresh = admit(self.waiting, self.slots, len(self.notes.free), self.context)

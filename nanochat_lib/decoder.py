@@ -48,7 +48,7 @@ def layer_weights(model: GPT, number: int) -> Layer:
 def top_weights(model: GPT) -> list[Tensor]:
     """The weights outside the blocks."""
     weights = (model.transformer.wte.weight, model.lm_head.weight, model.smear_gate.weight, model.smear_lambda,
-               torch.cat((torch.ones_like(model.backout_lambda), -model.backout_lambda)))
+               torch.cat((torch.ones_like(model.backout_lambda), -model.backout_lambda)))  # of the stream, of halfway
     return [weight.detach().to(model.dtype) for weight in weights]
 
 

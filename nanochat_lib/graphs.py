@@ -79,7 +79,7 @@ class GraphedDecoder:
 
     def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
         """As sampling.pick, in one kernel where that can."""
-        if self.kernels and self.fused and (top_p is None or top_p >= 1):
+        if self.kernels and (top_p is None or top_p >= 1):
             try:
                 return self.kernels.choose(logits.contiguous(), seeds, temperature, top_k)
             except Exception as error:
@@ -118,14 +118,15 @@ class GraphedDecoder:
 
     def run(self, slots: Slots, size: int) -> Tensor:
         """A step; without fused kernels from now on, if they cannot be made here."""
-        previous, fast = slots.previous.clone() if self.unsure else None, self.kernels and self.fused
+        previous = slots.previous.clone() if self.unsure else None
+        step = self.kernels if self.kernels and self.kernels.suits(slots, size) else self.decoder
         try:
-            logits = (self.kernels if fast and self.kernels.suits(slots, size) else self.decoder)(slots, size)
+            logits = step(slots, size)
         except Exception as error:
             if not self.unsure:
                 raise
             notice("without fused kernels", error)
-            self.fused = False
+            self.fused, self.kernels = False, None
             self.decoder.project, self.decoder.finish = self.plain
             slots.previous.copy_(previous)
             logits = self.decoder(slots, size)

@@ -11,7 +11,9 @@ from nanochat_lib.slots import Slots
 
 
 class KernelStep:
-    """Decoder's step in five kernels a layer, for up to MOST_ROWS rows without shared beginnings."""
+    """Decoder's step in five kernels a layer, for up to MOST_ROWS rows without shared beginnings; and `choose`."""
+
+    choose = staticmethod(step.choose)
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.config = decoder, decoder.config
@@ -36,7 +38,3 @@ class KernelStep:
             if number == self.config.n_layer // 2:
                 halfway = x
         return step.norm_product(x, head[:self.config.vocab_size], halfway, backout, cap=SOFTCAP)
-
-    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None) -> Tensor:
-        """As sampling.pick without a nucleus."""
-        return step.choose(logits, seeds, temperature, top_k)

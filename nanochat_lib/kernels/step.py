@@ -182,6 +182,13 @@ def add_product_kernel(stream, x, sums, weights, N, K, B: tl.constexpr, D: tl.co
 
 
 @triton.jit
+def in_order(z):
+    """Integers that are ordered as these float32 numbers are."""
+    bits = z.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def bound_of(logits, V, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """The largest integer that TOP_K of V numbers reach, taken as integers of the same order; found by bisection."""
     low, high = tl.full([], -2147483648, tl.int32), tl.full([], 2147483647, tl.int32)
@@ -195,13 +202,6 @@ def bound_of(logits, V, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
         enough = tl.sum(count, 0) >= TOP_K
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
     return low
-
-
-@triton.jit
-def in_order(z):
-    """Integers that are ordered as these float32 numbers are."""
-    bits = z.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -240,9 +240,10 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return dict(CHAINED=True, launch_pdl=True)
 
 
-def product_settings(N: int, K: int, numbers: int = 8192) -> dict[str, int]:
-    """Tile of a product with a matrix (N, K): whole rows, about so many `numbers`, which four warps hold in registers."""
+def product_settings(K: int, parts: int = 0) -> dict[str, int]:
+    """Tile of a product with a matrix of K columns: whole rows, about 8,192 numbers, which four warps hold in registers."""
     columns = triton.next_power_of_2(K)
+    numbers = 16384 if parts and K <= 1024 else 8192  # every program adds up all parts: fewer programs
     return dict(BLOCK_N=max(1, numbers // columns), BLOCK_K=columns, num_warps=4)
 
 
@@ -252,7 +253,7 @@ def attend_settings(seen: int) -> tuple[int, dict[str, int]]:
 
 
 def embed(ids, wte, gate, strength, previous) -> torch.Tensor:
-    """(B, C) float32: see embed_kernel."""
+    """(B, C) float32: see embed_kernel. The first kernel of a step starts when all before it is done."""
     B, K = previous.shape
     out, chained = torch.empty(B, K, device=previous.device), launch_options(previous.device)["CHAINED"]
     embed_kernel[B,](ids, wte, gate, strength, previous, out, K, gate.size(-1), chained, triton.next_power_of_2(K))
@@ -262,7 +263,7 @@ def embed(ids, wte, gate, strength, previous) -> torch.Tensor:
 def norm_product(x, weights, other=None, mix=None, mixed=None, squared_relu=False, cap=None) -> torch.Tensor:
     """(B, N) float32: see norm_product_kernel."""
     (B, K), N = x.shape, len(weights)
-    out, sizes = torch.empty(B, N, device=x.device), product_settings(N, K)
+    out, sizes = torch.empty(B, N, device=x.device), product_settings(K)
     norm_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](x, other, mix, mixed, weights, out, N, K, cap, B, squared_relu,
                                                           **sizes, **launch_options(x.device))
     return out
@@ -282,7 +283,7 @@ def add_product(stream, x, weights, sums=None) -> torch.Tensor:
     """stream (B, N) + x · weightsᵀ, in place: see add_product_kernel."""
     (B, N), K = stream.shape, weights.size(1)
     D, parts = (1, 0) if sums is None else (K // sums.size(-1), sums.size(1))
-    sizes = product_settings(N, K, 16384 if parts and K <= 1024 else 8192)  # each program adds up all parts: fewer of them
+    sizes = product_settings(K, parts)
     add_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](stream, x, sums, weights, N, K, B, D, parts, **sizes,
                                                          **launch_options(x.device))
     return stream
@@ -307,11 +308,12 @@ def compile_cases(capability: int):
     embedding = {"ids": "*i64", **dict.fromkeys(("wte", "gate", "strength", "previous"), "*bf16"), "out": "*fp32"}
     yield "embedding", embed_kernel, embedding, {"CHANNELS": 24, "CHAINED": chained, "BLOCK_K": 1024}, {}
     for N, K, parts, B in ((768, 768, 8, 1), (768, 3072, 0, 2), (3072, 768, None, 1), (1536, 1536, 16, 2)):
-        sizes = product_settings(N, K, 16384 if parts and K <= 1024 else 8192) | {"B": B, "CHAINED": chained}
+        sizes = product_settings(K, parts or 0) | {"B": B, "CHAINED": chained}
         options = links | {"num_warps": sizes.pop("num_warps")}
         if parts is None:
             types = {name: floats[name] for name in ("x", "other", "mixed", "out")} | matrix | {"mix": "*bf16"}
-            yield f"norm, product {N} × {K}", norm_product_kernel, types, {"cap": None, "SQUARED_RELU": False, **sizes}, options
+            constants = {"cap": None, "SQUARED_RELU": False, **sizes}
+            yield f"norm, product {N} × {K}", norm_product_kernel, types, constants, options
             continue
         types = {name: floats[name] for name in ("stream", "x", "sums")} | matrix
         constants = {"D": D if parts else 1, "PARTS": parts, **sizes} | ({} if parts else {"sums": None})
