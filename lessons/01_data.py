@@ -1613,7 +1613,7 @@ def fetch_shard(name: str, folder: Path, attempts: int = 3) -> Path:
         except NanochatError:
             Path(path).unlink()
             failure = "arrives torn"
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever the hub's client lets through: a broken connection is no OSError there
             failure = _first_line(error)
         time.sleep(0.5 * 2**attempt)
     raise NanochatError(f"{name}: {failure}")

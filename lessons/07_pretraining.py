@@ -23,6 +23,7 @@
 """Text to training batches: documents packed best-fit into rows, without padding, resumable to the exact document."""
 
 
+import hashlib
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -245,6 +246,7 @@ class PackedLoader:
         self.units = row_groups(data_dir, split)
         deal(self.units, rank, world_size)  # too few documents for so many processes: said now
         self.thread, self.ahead = ThreadPoolExecutor(1, "loader"), deque()
+        self.data = self.files()
         self.rewind(state)
 
     def rewind(self, state: dict | Sequence[dict] | None = None) -> None:
@@ -252,6 +254,8 @@ class PackedLoader:
         if state and not isinstance(state, dict) and len(state) == self.world_size:
             state = state[self.rank]
         self.origin, self.position, waiting = None, (0, 0, 0), []
+        if state:
+            self.check_files((state if isinstance(state, dict) else state[0]).get("data"))
         if isinstance(state, dict):
             self.origin, waiting = state["origin"], flat(state["buffer"])
             self.position = state["epoch"], state["place"], state["document"]
@@ -276,10 +280,22 @@ class PackedLoader:
         """Stop reading."""
         self.thread.shutdown(wait=False, cancel_futures=True)
 
+    def files(self, first: int | None = None) -> dict[str, Any]:
+        """How many files the split has and a digest of their names and sizes (of the `first` ones, if it is given)."""
+        paths = list(dict.fromkeys(unit.path for unit in self.units))[:first]
+        listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
+        return {"files": len(paths), "digest": hashlib.sha256(listing.encode()).hexdigest()}
+
+    def check_files(self, saved: dict | None) -> None:
+        """NanochatError unless the files of a checkpoint are still the first ones here: more may have come."""
+        if saved and saved != self.files(saved["files"]):
+            raise NanochatError(f"{self.units[0].path.parent} is not the data of the checkpoint, which had {saved['files']} "
+                                "files of other names or sizes: give --data-dir the data it was trained on")
+
     def state(self) -> dict[str, Any]:
-        """Where this rank stands, as JSON: what to read next, and which documents wait in the buffer."""
+        """Where this rank stands, as JSON: the data, what to read next, and which documents wait in the buffer."""
         epoch, place, document = self.position
-        return {"epoch": epoch, "place": place, "document": document, "origin": self.origin,
+        return {"data": self.data, "epoch": epoch, "place": place, "document": document, "origin": self.origin,
                 "buffer": [[address(unit), [document.index for document in documents]]
                            for unit, documents in groupby(self.buffer, key=lambda document: document.unit)]}
 
@@ -288,11 +304,13 @@ class PackedLoader:
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         on_cuda = self.device.type == "cuda"
-        batch = torch.empty((self.batch_size, self.seq_len + 1), dtype=torch.long, pin_memory=on_cuda)
+        batch = torch.empty((self.batch_size, self.seq_len + 1), dtype=torch.long)
         for row in batch.numpy():
             self._fill(row)
-        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        return tuple(part.to(self.device, non_blocking=on_cuda) for part in (inputs, targets))
+        parts = [part.contiguous() for part in (batch[:, :-1], batch[:, 1:])]
+        if on_cuda:  # only from pinned memory does a copy run beside the computation
+            parts = [part.pin_memory() for part in parts]
+        return tuple(part.to(self.device, non_blocking=on_cuda) for part in parts)
 
     def _fill(self, row: np.ndarray) -> None:
         """Pack one row in place."""
@@ -577,7 +595,8 @@ SAFE = 0.8          # part of a GPU's memory to plan with: peaks have been 16 % 
 def peak_flops(device: torch.device) -> float:
     """Dense bfloat16 FLOP/s of a device's chip; 0 where it is not known (any CPU)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    chip = max((chip for chip in CHIPS if chip in name), key=len, default="")  # "H100 PCIe" rather than "H100"
+    words = f" {name.replace('-', ' ')} "  # whole words: an L40 is not an L4
+    chip = max((chip for chip in CHIPS if f" {chip} " in words), key=len, default="")  # "H100 PCIe" rather than "H100"
     return CHIPS[chip][0] if chip else 0.0
 
 
@@ -786,8 +805,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat_lib.common import (NanochatError, Runtime, base_dir, is_main_process, print0, read_json, write_aside,
-                                 write_json)
+from nanochat_lib.common import (NanochatError, Runtime, base_dir, gather, is_main_process, print0, read_json, together,
+                                 write_aside, write_json)
 from nanochat_lib.gpt import GPT, GPTConfig, build_model
 from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
 
@@ -834,28 +853,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """One value of every rank, in order of rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 @contextlib.contextmanager
-def together(group: dist.ProcessGroup | None, where: Path) -> Iterator[None]:
+def writing(group: dist.ProcessGroup | None, where: Path) -> Iterator[None]:
     """A part of saving that fails on all ranks if it fails on one; what went wrong is raised as an OSError."""
-    error = None
-    try:
-        yield
-    except OSError as failure:
-        error = failure
-    except (SafetensorError, dcp.api.CheckpointException) as failure:
-        full = "No space left" in str(failure) or "StorageFull" in str(failure)
-        error = OSError(errno.ENOSPC if full else errno.EIO, str(failure).strip().split("\n")[0][:300], str(where))
-    if failures := [failure for failure in gather(error, group) if failure]:
-        raise failures[0]
+    with together(group):
+        try:
+            yield
+        except (SafetensorError, dcp.api.CheckpointException) as failure:
+            full = "No space left" in str(failure) or "StorageFull" in str(failure)
+            reason = str(failure).strip().split("\n")[0][:300]
+            raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(where)) from None
 
 
 @contextlib.contextmanager
@@ -887,20 +894,20 @@ def write_checkpoint(directory: Path, step: int, weights: dict, state: dict | No
     """Write a checkpoint from tensors; all ranks call it. If it fails on one, OSError on all, and nothing is left."""
     file, folder, metadata = files_of(directory, step)
     try:
-        with together(group, file):
+        with writing(group, file):
             if rank == 0:
                 remove_checkpoint(directory, step)  # one of the same step, of an earlier run
                 with write_aside(file) as aside:
                     save_file({name: value.detach().contiguous() for name, value in weights.items()}, aside)
         if state is not None:
-            with together(group, folder), _quiet():
+            with writing(group, folder), _quiet():
                 dcp.save(state, checkpoint_id=folder, process_group=group)
-        with together(group, metadata):
+        with writing(group, metadata):
             mine = sorted(folder.glob(f"__{rank}_*"))  # each rank reads again what it wrote
             mine += [file, *folder.glob(".metadata")] if rank == 0 else []
             sums = {f"{path.relative_to(directory)}": checksum(path) for path in mine}
         sums = {name: value for part in gather(sums, group) for name, value in part.items()}
-        with together(group, metadata):
+        with writing(group, metadata):
             if rank == 0:
                 write_json(metadata, {"step": step, **meta, "checksums": sums})
     except OSError:
@@ -962,6 +969,10 @@ def prepare_directory(directory: Path, runtime: Runtime, resume_step: int = -1) 
         Path(directory).mkdir(parents=True, exist_ok=True)
         clean_unfinished(directory)
     barrier()
+    with together():
+        if not Path(directory).exists():
+            raise NanochatError(f"{directory}, made by the main process, is not seen by process {runtime.rank}: "
+                                "set NANOCHAT_BASE_DIR to a folder on a disk that all nodes share")
 
 # %% [markdown]
 # Reading has to answer which model is meant. With no tag it is the newest of the deepest ones, and we say which:
@@ -1033,13 +1044,8 @@ def load_optimizer(directory: Path, step: int, optimizer: Any) -> None:
     if not path.exists():
         raise NanochatError(f"no optimizer state in {path}: start without it (chat_sft --load-optimizer=0), "
                             "or train anew")
-    failure = None
-    try:  # each rank checks some of the files, all hear of it
+    with together():  # each rank checks some of the files, all hear of it
         verify(directory, step, "optim", *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
-    except NanochatError as error:
-        failure = error
-    if failures := [each for each in gather(failure) if each]:
-        raise failures[0]
     state = optimizer.checkpoint_state()
     try:
         with _quiet():
@@ -1588,6 +1594,9 @@ class LossScaler:
             finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
             if all_reduce_sum((~finite).float()).item():
                 self.scale, self.good_steps = self.scale / 2, 0
+                if self.scale < 2**-10:  # not too large for float16: no numbers at all
+                    raise NanochatError("the gradients are not finite at any scale of the loss: stopped; go on from the "
+                                        "last checkpoint (--resume) with lower rates, or NANOCHAT_DTYPE=float32")
                 return False
             self.good_steps += 1
             if self.good_steps % self.patience == 0:
@@ -1726,6 +1735,7 @@ def trim_metrics(path: Path, step: int) -> None:
 
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -1734,9 +1744,10 @@ import torch
 import tyro
 
 from nanochat_lib.budget import Machine, peak_flops
-from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, gather, load_optimizer, load_weights,
+from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, load_optimizer, load_weights,
                                      prepare_directory, read_meta, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, peak_memory_bytes, print0, progress)
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, check_run_name, compute_dtype, gather,
+                                 peak_memory_bytes, print0, progress)
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
 from nanochat_lib.gpt import build_model
@@ -1817,6 +1828,7 @@ def check_settings(settings: BaseTrain, device: torch.device | None = None) -> N
         compute_dtype(device)  # an unknown $NANOCHAT_DTYPE
     if settings.fp8 and device and (lacks := lacks_fp8(device)):
         raise NanochatError(f"--fp8 cannot run: {lacks}; leave it away")
+    check_run_name(settings.run)
     if settings.compile and settings.no_compile:
         raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
                             "run decide")
@@ -1859,6 +1871,9 @@ class Run:
     def find_resume(self) -> dict:
         """The metadata of the checkpoint to go on from, its loop state taken over; {} for a run from the start."""
         step, steps = self.settings.resume_from_step, steps_in(self.directory)
+        if any(others != steps for others in gather(steps)):
+            raise NanochatError(f"the processes see different checkpoints in {self.directory}: set NANOCHAT_BASE_DIR to "
+                                "a folder on a disk that all nodes share")
         if step >= 0 and step not in steps:
             raise NanochatError(f"no checkpoint of step {step} in {self.directory}: there are {steps or 'none'}")
         if step < 0 and not (self.settings.resume and steps):
@@ -1872,6 +1887,14 @@ class Run:
         if "loop" not in meta:
             raise NanochatError(f"step {self.step} in {self.directory} was imported, without the state of its loader: "
                                 "go on with python -m nanochat_lib.scripts.chat_sft, or give another --model-tag")
+        if self.step > self.dial.steps:
+            raise NanochatError(f"step {self.step} in {self.directory} is past the end of this run of "
+                                f"{self.dial.steps} steps: make it longer (--num-iterations), go on from an earlier step "
+                                "(--resume-from-step), or give another --model-tag")
+        for name, old in meta["settings"].items():
+            now = getattr(self.settings, name, old)
+            if now != old and not name.startswith("resume"):
+                print0(f"--{name.replace('_', '-')}: {old} in the checkpoint, {now} from now on")
         loop = meta["loop"]
         self.seconds, self.bpb_curve, self.eval_batches = loop["seconds"], loop["bpb_curve"], loop["eval_batches"]
         print0(f"going on from step {self.step} in {self.directory}")
@@ -1913,6 +1936,8 @@ class Run:
         settings, steps, started = self.settings, self.dial.steps, time.perf_counter()
         tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
         loss = accumulate(self.model, self.loader, self.micro_batches, self.scaler, lambda: bar.update(tokens))
+        if not math.isfinite(loss):
+            self.saver.wait()  # the save under way may be the last good one
         self.watch.check(loss, self.step, self.optimizer, self.directory)
         multiplier = learning_rate_multiplier(self.step, steps, warmup_of(steps, settings.warmup_steps),
                                               settings.warmdown_ratio, settings.final_lr_frac)
@@ -1996,8 +2021,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nanochat_lib.checkpoint import gather
-from nanochat_lib.common import NanochatError, print0
+from nanochat_lib.common import NanochatError, gather, print0, together
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
 from nanochat_lib.gpt import GPT
 from nanochat_lib.pretraining import EVAL_TOKENS, Run
@@ -2057,7 +2081,7 @@ class Checkup:
             self.run.orig_model.eval()
             try:
                 evaluation()
-            except NanochatError as error:
+            except (NanochatError, OSError) as error:
                 print0(f"step {self.run.step}: an evaluation could not run, training is not affected: {error}")
             self.run.orig_model.train()
 
@@ -2102,10 +2126,11 @@ class Checkup:
         print0(f"step {run.step:5}: CORE {core['core_metric']:.4f}")
 
     def sample(self) -> None:
-        if self.run.runtime.is_main:
-            for text in draw_samples(self.run.orig_model, self.run.tokenizer,
-                                     sample_prompts(self.run.settings.eval_bundle)):
-                print0("  " + " ".join(text.split()))
+        with together():
+            if self.run.runtime.is_main:
+                for text in draw_samples(self.run.orig_model, self.run.tokenizer,
+                                         sample_prompts(self.run.settings.eval_bundle)):
+                    print0("  " + " ".join(text.split()))
 
 # %% [markdown]
 # And the loop, which is the whole of pretraining. A checkpoint is begun *before* the evaluations of its step.
@@ -2121,6 +2146,7 @@ from nanochat_lib.checkup import Checkup
 from nanochat_lib.common import NanochatError, print0, run_cli, start
 from nanochat_lib.pretraining import BaseTrain, Run, check_settings, recipe_of
 from nanochat_lib.tokenizer import load_tokenizer
+from nanochat_lib.training import divide_batch
 
 
 def train(run: Run) -> None:
@@ -2144,6 +2170,7 @@ def dry_run(settings: BaseTrain) -> None:
     except NanochatError:
         vocab_size = 32768
     dial = recipe_of(settings, vocab_size)
+    divide_batch(dial.total_batch_size, settings.device_batch_size, dial.config.sequence_len, settings.plan.gpus)
     for name, value in {**dial.describe(), **describe_budget(dial, settings.device_batch_size, settings.plan)}.items():
         print(f"{name:12} {value}")
 
@@ -2486,7 +2513,7 @@ except NanochatError as error:
 from dataclasses import dataclass
 
 from nanochat_lib.checkpoint import load_model, write_result
-from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start
+from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start, together
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, write_tables
 from nanochat_lib.gpt import GPT
@@ -2525,8 +2552,9 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
         print0(f"--split-tokens {wanted} is less than a batch: evaluating one batch, {batch} tokens")
     bpb = {}
     for split in ("train", "val"):
-        loader = PackedLoader(tokenizer, rows, context, split, settings.data_dir, runtime.rank, runtime.world_size,
-                              runtime.device)
+        with together():
+            loader = PackedLoader(tokenizer, rows, context, split, settings.data_dir, runtime.rank, runtime.world_size,
+                                  runtime.device)
         bpb[split] = evaluate_bpb(model, loader, max(-(-wanted // batch), 1),
                                   tokenizer.token_bytes().to(runtime.device))
         print0(f"bits per byte, {split}: {bpb[split]:.4f}")
@@ -2538,6 +2566,9 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
 def base_eval(settings: BaseEval) -> None:
     """Evaluate a base model: CORE, bits per byte, samples. A part that cannot run is reported, the others are done."""
     parts = [part.strip() for part in settings.eval.split(",") if part.strip()]
+    for name in ("device_batch_size", "split_tokens"):
+        if getattr(settings, name) < 1:
+            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least 1")
     if not parts or set(parts) - set(PARTS):
         raise NanochatError(f"--eval {settings.eval!r} is unknown: choose from {', '.join(PARTS)}, separated by commas")
     runtime = start(settings.device_type)
@@ -2552,10 +2583,12 @@ def base_eval(settings: BaseEval) -> None:
                 print0(f"CORE {core['core_metric']:.4f}")
             elif part == "bpb":
                 result["bpb"] = bpb_of_splits(settings, runtime, model, tokenizer)
-            elif runtime.is_main:
-                result["samples"] = draw_samples(model, tokenizer, sample_prompts(settings.eval_bundle))
-                print(*(f"  {' '.join(text.split())}" for text in result["samples"]), sep="\n", flush=True)
-        except NanochatError as error:
+            else:
+                with together():
+                    if runtime.is_main:
+                        result["samples"] = draw_samples(model, tokenizer, sample_prompts(settings.eval_bundle))
+                        print(*(f"  {' '.join(text.split())}" for text in result["samples"]), sep="\n", flush=True)
+        except (NanochatError, OSError) as error:
             failures.append(f"{part}: {error}")
             print0(f"left out: {failures[-1]}")
     if runtime.is_main and "core_metric" in result:

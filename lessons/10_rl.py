@@ -883,8 +883,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from nanochat_lib.checkpoint import gather, load_model, load_optimizer, prepare_directory
-from nanochat_lib.common import MetricsLog, NanochatError, Runtime, print0
+from nanochat_lib.checkpoint import load_model, load_optimizer, prepare_directory
+from nanochat_lib.common import MetricsLog, NanochatError, Runtime, gather, print0
 from nanochat_lib.engine import Engine
 from nanochat_lib.objectives import ALGORITHMS, CLIPS, Terms, kl_to_reference
 from nanochat_lib.rewards import parse_reward
@@ -1111,8 +1111,8 @@ class Journal:
 import time
 from dataclasses import asdict
 
-from nanochat_lib.checkpoint import checkpoint_directory, find_checkpoint, gather, steps_in, write_result
-from nanochat_lib.common import NanochatError, Runtime, print0, progress, run_cli, start
+from nanochat_lib.checkpoint import checkpoint_directory, find_checkpoint, steps_in, write_result
+from nanochat_lib.common import NanochatError, Runtime, gather, print0, progress, run_cli, start
 from nanochat_lib.practice import EVAL_SAMPLES, ChatRL, Journal, Policy, check_settings
 from nanochat_lib.rl import collapsed, questions_of_step
 from nanochat_lib.saver import Saver

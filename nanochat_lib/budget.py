@@ -26,7 +26,8 @@ SAFE = 0.8          # part of a GPU's memory to plan with: peaks have been 16 % 
 def peak_flops(device: torch.device) -> float:
     """Dense bfloat16 FLOP/s of a device's chip; 0 where it is not known (any CPU)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    chip = max((chip for chip in CHIPS if chip in name), key=len, default="")  # "H100 PCIe" rather than "H100"
+    words = f" {name.replace('-', ' ')} "  # whole words: an L40 is not an L4
+    chip = max((chip for chip in CHIPS if f" {chip} " in words), key=len, default="")  # "H100 PCIe" rather than "H100"
     return CHIPS[chip][0] if chip else 0.0
 
 

@@ -19,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat_lib.common import (NanochatError, Runtime, base_dir, is_main_process, print0, read_json, write_aside,
-                                 write_json)
+from nanochat_lib.common import (NanochatError, Runtime, base_dir, gather, is_main_process, print0, read_json, together,
+                                 write_aside, write_json)
 from nanochat_lib.gpt import GPT, GPTConfig, build_model
 from nanochat_lib.tokenizer import Tokenizer, load_tokenizer
 
@@ -61,28 +61,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """One value of every rank, in order of rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 @contextlib.contextmanager
-def together(group: dist.ProcessGroup | None, where: Path) -> Iterator[None]:
+def writing(group: dist.ProcessGroup | None, where: Path) -> Iterator[None]:
     """A part of saving that fails on all ranks if it fails on one; what went wrong is raised as an OSError."""
-    error = None
-    try:
-        yield
-    except OSError as failure:
-        error = failure
-    except (SafetensorError, dcp.api.CheckpointException) as failure:
-        full = "No space left" in str(failure) or "StorageFull" in str(failure)
-        error = OSError(errno.ENOSPC if full else errno.EIO, str(failure).strip().split("\n")[0][:300], str(where))
-    if failures := [failure for failure in gather(error, group) if failure]:
-        raise failures[0]
+    with together(group):
+        try:
+            yield
+        except (SafetensorError, dcp.api.CheckpointException) as failure:
+            full = "No space left" in str(failure) or "StorageFull" in str(failure)
+            reason = str(failure).strip().split("\n")[0][:300]
+            raise OSError(errno.ENOSPC if full else errno.EIO, reason, str(where)) from None
 
 
 @contextlib.contextmanager
@@ -113,20 +101,20 @@ def write_checkpoint(directory: Path, step: int, weights: dict, state: dict | No
     """Write a checkpoint from tensors; all ranks call it. If it fails on one, OSError on all, and nothing is left."""
     file, folder, metadata = files_of(directory, step)
     try:
-        with together(group, file):
+        with writing(group, file):
             if rank == 0:
                 remove_checkpoint(directory, step)  # one of the same step, of an earlier run
                 with write_aside(file) as aside:
                     save_file({name: value.detach().contiguous() for name, value in weights.items()}, aside)
         if state is not None:
-            with together(group, folder), _quiet():
+            with writing(group, folder), _quiet():
                 dcp.save(state, checkpoint_id=folder, process_group=group)
-        with together(group, metadata):
+        with writing(group, metadata):
             mine = sorted(folder.glob(f"__{rank}_*"))  # each rank reads again what it wrote
             mine += [file, *folder.glob(".metadata")] if rank == 0 else []
             sums = {f"{path.relative_to(directory)}": checksum(path) for path in mine}
         sums = {name: value for part in gather(sums, group) for name, value in part.items()}
-        with together(group, metadata):
+        with writing(group, metadata):
             if rank == 0:
                 write_json(metadata, {"step": step, **meta, "checksums": sums})
     except OSError:
@@ -183,6 +171,10 @@ def prepare_directory(directory: Path, runtime: Runtime, resume_step: int = -1) 
         Path(directory).mkdir(parents=True, exist_ok=True)
         clean_unfinished(directory)
     barrier()
+    with together():
+        if not Path(directory).exists():
+            raise NanochatError(f"{directory}, made by the main process, is not seen by process {runtime.rank}: "
+                                "set NANOCHAT_BASE_DIR to a folder on a disk that all nodes share")
 
 
 def find_checkpoint(stage: str, model_tag: str | None = None, step: int | None = None) -> tuple[Path, int]:
@@ -247,13 +239,8 @@ def load_optimizer(directory: Path, step: int, optimizer: Any) -> None:
     if not path.exists():
         raise NanochatError(f"no optimizer state in {path}: start without it (chat_sft --load-optimizer=0), "
                             "or train anew")
-    failure = None
-    try:  # each rank checks some of the files, all hear of it
+    with together():  # each rank checks some of the files, all hear of it
         verify(directory, step, "optim", *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ()))
-    except NanochatError as error:
-        failure = error
-    if failures := [each for each in gather(failure) if each]:
-        raise failures[0]
     state = optimizer.checkpoint_state()
     try:
         with _quiet():

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nanochat_lib.checkpoint import gather
-from nanochat_lib.common import NanochatError, print0
+from nanochat_lib.common import NanochatError, gather, print0, together
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
 from nanochat_lib.gpt import GPT
 from nanochat_lib.pretraining import EVAL_TOKENS, Run
@@ -67,7 +66,7 @@ class Checkup:
             self.run.orig_model.eval()
             try:
                 evaluation()
-            except NanochatError as error:
+            except (NanochatError, OSError) as error:
                 print0(f"step {self.run.step}: an evaluation could not run, training is not affected: {error}")
             self.run.orig_model.train()
 
@@ -112,7 +111,8 @@ class Checkup:
         print0(f"step {run.step:5}: CORE {core['core_metric']:.4f}")
 
     def sample(self) -> None:
-        if self.run.runtime.is_main:
-            for text in draw_samples(self.run.orig_model, self.run.tokenizer,
-                                     sample_prompts(self.run.settings.eval_bundle)):
-                print0("  " + " ".join(text.split()))
+        with together():
+            if self.run.runtime.is_main:
+                for text in draw_samples(self.run.orig_model, self.run.tokenizer,
+                                         sample_prompts(self.run.settings.eval_bundle)):
+                    print0("  " + " ".join(text.split()))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -36,6 +37,7 @@ def run_cli(function: Callable[[Any], Any]) -> None:
     """
     settings_type = next(iter(get_type_hints(function).values()))
     program = f"python -m {sys.modules['__main__'].__spec__.name}"
+    again = "run the same command" + (" with --resume" if hasattr(settings_type, "resume") else " again")
     try:
         function(tyro.cli(settings_type, prog=program, description=function.__doc__))
     except NanochatError as error:
@@ -43,9 +45,9 @@ def run_cli(function: Callable[[Any], Any]) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(f"error: the disk is full, writing {error.filename or 'a file'}: make room and run the command again")
+        sys.exit(f"error: the disk is full, writing {error.filename or 'a file'}: make room and {again}")
     except KeyboardInterrupt:
-        sys.exit("stopped: run the same command again to go on")
+        sys.exit(f"stopped: {again} to go on")
     finally:
         stop()
 
@@ -153,6 +155,9 @@ def start(device_type: str = "", seed: int = 42) -> Runtime:
                                     for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise NanochatError(f"there are {torch.cuda.device_count()} GPUs for process {local_rank + 1} of this "
+                                "machine: give torchrun --nproc_per_node as many as there are GPUs")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     elif kind == "cpu":
@@ -178,6 +183,32 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """One value of every process, in order of rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextlib.contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """A block that fails on every process if it fails on one: none is left waiting. It must not communicate itself.
+
+    Raises the first process's NanochatError or OSError; a device out of memory is a NanochatError.
+    """
+    failure = None
+    try:
+        yield
+    except (NanochatError, OSError) as error:
+        failure = error
+    except torch.OutOfMemoryError as error:
+        failure = NanochatError(str(error).split("\n")[0])
+    if failures := [failure for failure in gather(failure, group) if failure]:
+        raise failures[0]
+
+
 def is_main_process() -> bool:
     """True in the process that speaks for all (rank 0)."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -196,6 +227,12 @@ def progress(iterable: Any = None, total: int | None = None, desc: str = "", ini
                 mininterval=0.2 if live else 10, dynamic_ncols=live, leave=not live)
 
 
+def check_run_name(run: str) -> None:
+    """A run with a name ("dummy" is none) goes to Weights & Biases: NanochatError where that is not installed."""
+    if run != "dummy" and find_spec("wandb") is None:
+        raise NanochatError("--run needs wandb: pip install wandb, or leave --run away")
+
+
 class MetricsLog:
     """Appends one JSON line per `log` to `path` on the main process, and to Weights & Biases if `run` is named."""
 
@@ -206,11 +243,10 @@ class MetricsLog:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a", buffering=1)
+        check_run_name(run)
         if run != "dummy":
-            try:
-                import wandb
-            except ImportError:
-                raise NanochatError("--run needs wandb: pip install wandb, or leave --run away") from None
+            import wandb
+
             self.wandb = wandb.init(project="nanochat", name=run, config=config)
 
     def log(self, **values: Any) -> None:

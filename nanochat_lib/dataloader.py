@@ -2,6 +2,7 @@
 """Text to training batches: documents packed best-fit into rows, without padding, resumable to the exact document."""
 
 
+import hashlib
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,7 @@ class PackedLoader:
         self.units = row_groups(data_dir, split)
         deal(self.units, rank, world_size)  # too few documents for so many processes: said now
         self.thread, self.ahead = ThreadPoolExecutor(1, "loader"), deque()
+        self.data = self.files()
         self.rewind(state)
 
     def rewind(self, state: dict | Sequence[dict] | None = None) -> None:
@@ -123,6 +125,8 @@ class PackedLoader:
         if state and not isinstance(state, dict) and len(state) == self.world_size:
             state = state[self.rank]
         self.origin, self.position, waiting = None, (0, 0, 0), []
+        if state:
+            self.check_files((state if isinstance(state, dict) else state[0]).get("data"))
         if isinstance(state, dict):
             self.origin, waiting = state["origin"], flat(state["buffer"])
             self.position = state["epoch"], state["place"], state["document"]
@@ -147,10 +151,22 @@ class PackedLoader:
         """Stop reading."""
         self.thread.shutdown(wait=False, cancel_futures=True)
 
+    def files(self, first: int | None = None) -> dict[str, Any]:
+        """How many files the split has and a digest of their names and sizes (of the `first` ones, if it is given)."""
+        paths = list(dict.fromkeys(unit.path for unit in self.units))[:first]
+        listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
+        return {"files": len(paths), "digest": hashlib.sha256(listing.encode()).hexdigest()}
+
+    def check_files(self, saved: dict | None) -> None:
+        """NanochatError unless the files of a checkpoint are still the first ones here: more may have come."""
+        if saved and saved != self.files(saved["files"]):
+            raise NanochatError(f"{self.units[0].path.parent} is not the data of the checkpoint, which had {saved['files']} "
+                                "files of other names or sizes: give --data-dir the data it was trained on")
+
     def state(self) -> dict[str, Any]:
-        """Where this rank stands, as JSON: what to read next, and which documents wait in the buffer."""
+        """Where this rank stands, as JSON: the data, what to read next, and which documents wait in the buffer."""
         epoch, place, document = self.position
-        return {"epoch": epoch, "place": place, "document": document, "origin": self.origin,
+        return {"data": self.data, "epoch": epoch, "place": place, "document": document, "origin": self.origin,
                 "buffer": [[address(unit), [document.index for document in documents]]
                            for unit, documents in groupby(self.buffer, key=lambda document: document.unit)]}
 
@@ -159,11 +175,13 @@ class PackedLoader:
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         on_cuda = self.device.type == "cuda"
-        batch = torch.empty((self.batch_size, self.seq_len + 1), dtype=torch.long, pin_memory=on_cuda)
+        batch = torch.empty((self.batch_size, self.seq_len + 1), dtype=torch.long)
         for row in batch.numpy():
             self._fill(row)
-        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        return tuple(part.to(self.device, non_blocking=on_cuda) for part in (inputs, targets))
+        parts = [part.contiguous() for part in (batch[:, :-1], batch[:, 1:])]
+        if on_cuda:  # only from pinned memory does a copy run beside the computation
+            parts = [part.pin_memory() for part in parts]
+        return tuple(part.to(self.device, non_blocking=on_cuda) for part in parts)
 
     def _fill(self, row: np.ndarray) -> None:
         """Pack one row in place."""

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0, write_aside
+from nanochat_lib.common import NanochatError, all_reduce_sum, base_dir, print0, together, write_aside
 from nanochat_lib.scoring import Row, rows_of, score_questions
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # the tasks of DCLM
@@ -136,7 +137,7 @@ def fetch_bundle(folder: Path, seconds: float = 10) -> None:
             raise zipfile.BadZipFile("it holds no core.yaml")
         shutil.rmtree(folder, ignore_errors=True)
         core.parent.rename(folder)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise NanochatError(f"cannot fetch {BUNDLE_URL} ({getattr(error, 'reason', error)}): go online and run the "
                             f"same command again, {instead}") from None
     finally:
@@ -185,16 +186,18 @@ def tokenize(task: CoreTask, items: list[dict], mine: Iterable[int], tokenizer: 
 def evaluate_task(model: Any, tokenizer: Any, device: Any, task: CoreTask, max_per_task: int = -1) -> float:
     """Accuracy (0 … 1) on a task; several processes share its questions and all get the result."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    items = read_items(task, max_per_task)
-    mine = range(rank, len(items), world_size)
-    rows = tokenize(task, items, mine, tokenizer, model)
     budget = 2**12 if torch.device(device).type == "cpu" else 2**16
     if not hasattr(model, "hidden"):  # it will give the logits of all tokens
         budget = min(budget, LOGITS // tokenizer.get_vocab_size())
     correct = 0
-    for index, scores in zip(mine, score_questions(model, rows, device, budget)):
-        losses, right = zip(*scores)
-        correct += right[0] if task.kind == "language_modeling" else losses.index(min(losses)) == items[index]["gold"]
+    with together():
+        items = read_items(task, max_per_task)
+        mine = range(rank, len(items), world_size)
+        rows = tokenize(task, items, mine, tokenizer, model)
+        for index, scores in zip(mine, score_questions(model, rows, device, budget)):
+            losses, right = zip(*scores)
+            best = losses.index(min(losses))
+            correct += right[0] if task.kind == "language_modeling" else best == items[index]["gold"]
     total = torch.tensor(float(correct), device=device)
     return all_reduce_sum(total).item() / len(items)
 
@@ -206,7 +209,9 @@ def evaluate_core(model: Any, tokenizer: Any, device: Any, bundle_dir: str | Pat
     `report` is called with a line per task. Without bundle_dir the bundle of the base directory, fetched if need be.
     """
     results, centred = {}, {}
-    for task in read_bundle(find_bundle(bundle_dir or "")):
+    with together():
+        tasks = read_bundle(find_bundle(bundle_dir or ""))
+    for task in tasks:
         accuracy = evaluate_task(model, tokenizer, device, task, max_per_task)
         results[task.label] = accuracy
         centred[task.label] = (accuracy - task.baseline) / (1 - task.baseline)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from nanochat_lib.checkpoint import gather, load_model, load_optimizer, prepare_directory
-from nanochat_lib.common import MetricsLog, NanochatError, Runtime, print0
+from nanochat_lib.checkpoint import load_model, load_optimizer, prepare_directory
+from nanochat_lib.common import MetricsLog, NanochatError, Runtime, gather, print0
 from nanochat_lib.engine import Engine
 from nanochat_lib.objectives import ALGORITHMS, CLIPS, Terms, kl_to_reference
 from nanochat_lib.rewards import parse_reward

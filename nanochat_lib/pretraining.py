@@ -3,6 +3,7 @@
 
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,9 +12,10 @@ import torch
 import tyro
 
 from nanochat_lib.budget import Machine, peak_flops
-from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, gather, load_optimizer, load_weights,
+from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, load_optimizer, load_weights,
                                      prepare_directory, read_meta, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, compute_dtype, peak_memory_bytes, print0, progress)
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, check_run_name, compute_dtype, gather,
+                                 peak_memory_bytes, print0, progress)
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
 from nanochat_lib.gpt import build_model
@@ -92,6 +94,7 @@ def check_settings(settings: BaseTrain, device: torch.device | None = None) -> N
         compute_dtype(device)  # an unknown $NANOCHAT_DTYPE
     if settings.fp8 and device and (lacks := lacks_fp8(device)):
         raise NanochatError(f"--fp8 cannot run: {lacks}; leave it away")
+    check_run_name(settings.run)
     if settings.compile and settings.no_compile:
         raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
                             "run decide")
@@ -129,6 +132,9 @@ class Run:
     def find_resume(self) -> dict:
         """The metadata of the checkpoint to go on from, its loop state taken over; {} for a run from the start."""
         step, steps = self.settings.resume_from_step, steps_in(self.directory)
+        if any(others != steps for others in gather(steps)):
+            raise NanochatError(f"the processes see different checkpoints in {self.directory}: set NANOCHAT_BASE_DIR to "
+                                "a folder on a disk that all nodes share")
         if step >= 0 and step not in steps:
             raise NanochatError(f"no checkpoint of step {step} in {self.directory}: there are {steps or 'none'}")
         if step < 0 and not (self.settings.resume and steps):
@@ -142,6 +148,14 @@ class Run:
         if "loop" not in meta:
             raise NanochatError(f"step {self.step} in {self.directory} was imported, without the state of its loader: "
                                 "go on with python -m nanochat_lib.scripts.chat_sft, or give another --model-tag")
+        if self.step > self.dial.steps:
+            raise NanochatError(f"step {self.step} in {self.directory} is past the end of this run of "
+                                f"{self.dial.steps} steps: make it longer (--num-iterations), go on from an earlier step "
+                                "(--resume-from-step), or give another --model-tag")
+        for name, old in meta["settings"].items():
+            now = getattr(self.settings, name, old)
+            if now != old and not name.startswith("resume"):
+                print0(f"--{name.replace('_', '-')}: {old} in the checkpoint, {now} from now on")
         loop = meta["loop"]
         self.seconds, self.bpb_curve, self.eval_batches = loop["seconds"], loop["bpb_curve"], loop["eval_batches"]
         print0(f"going on from step {self.step} in {self.directory}")
@@ -183,6 +197,8 @@ class Run:
         settings, steps, started = self.settings, self.dial.steps, time.perf_counter()
         tokens = self.rows * self.dial.config.sequence_len * self.runtime.world_size
         loss = accumulate(self.model, self.loader, self.micro_batches, self.scaler, lambda: bar.update(tokens))
+        if not math.isfinite(loss):
+            self.saver.wait()  # the save under way may be the last good one
         self.watch.check(loss, self.step, self.optimizer, self.directory)
         multiplier = learning_rate_multiplier(self.step, steps, warmup_of(steps, settings.warmup_steps),
                                               settings.warmdown_ratio, settings.final_lr_frac)

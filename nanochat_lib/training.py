@@ -63,6 +63,9 @@ class LossScaler:
             finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
             if all_reduce_sum((~finite).float()).item():
                 self.scale, self.good_steps = self.scale / 2, 0
+                if self.scale < 2**-10:  # not too large for float16: no numbers at all
+                    raise NanochatError("the gradients are not finite at any scale of the loss: stopped; go on from the "
+                                        "last checkpoint (--resume) with lower rates, or NANOCHAT_DTYPE=float32")
                 return False
             self.good_steps += 1
             if self.good_steps % self.patience == 0:

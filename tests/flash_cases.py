@@ -14,7 +14,6 @@ from nanochat_lib.kernels import flash_attention as kernel
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-GRADIENT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 SIZES = [dict(BLOCK_M=32, BLOCK_N=32), dict(BLOCK_M=16, BLOCK_N=64), dict(BLOCK_M=64, BLOCK_N=16)]
 
 
@@ -26,12 +25,6 @@ def strict():
         warnings.simplefilter("error")
         yield
     torch.use_deterministic_algorithms(False)
-
-
-def near(got, expected, tolerance):
-    """Largest difference relative to the largest value, or to the inputs' size where that is larger."""
-    assert got.isfinite().all()
-    assert ((got.double() - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item() <= tolerance
 
 
 def check(shape, window, seed=0, dtype=torch.float32, view=lambda x: x):
@@ -47,7 +40,7 @@ def check(shape, window, seed=0, dtype=torch.float32, view=lambda x: x):
     gradients = torch.autograd.grad(out, tensors, pull)
     for got, wanted in zip(gradients, torch.autograd.grad(expected, wide, pull.double())):
         assert got.dtype == dtype
-        near(got, wanted, GRADIENT[dtype])
+        close(got, wanted, TOLERANCE[dtype])
     return out, lse, *gradients
 
 
@@ -102,7 +95,7 @@ def test_expanded_gradient():
     wide = [x.detach().double().requires_grad_() for x in tensors]
     for got, wanted in zip(torch.autograd.grad(kernel.flash_attention(*tensors, 9)[0].sum(), tensors),
                            torch.autograd.grad(slow(*wide, 9)[0].sum(), wide)):
-        near(got, wanted, 1e-5)
+        close(got, wanted, 1e-5)
 
 
 def test_tiles_out_of_the_window_are_never_visited():
@@ -139,7 +132,7 @@ def test_torch_compile_takes_it_whole(dynamic):
         compiled = torch.compile(loss, backend="inductor" if GPU else "aot_eager", fullgraph=True, dynamic=dynamic)
         got = torch.autograd.grad(compiled(*tensors), tensors)
     for left, right in zip(got, torch.autograd.grad(loss(*tensors), tensors)):
-        near(left, right.double(), 1e-5)
+        close(left, right.double(), 1e-5)
 
 
 def test_attention_takes_it_when_told(monkeypatch):
@@ -149,7 +142,7 @@ def test_attention_takes_it_when_told(monkeypatch):
     wide = [x.detach().double().requires_grad_() for x in tensors]
     for got, wanted in zip(torch.autograd.grad(module.attention(*tensors, 9).sin().sum(), tensors),
                            torch.autograd.grad(slow(*wide, 9)[0].sin().sum(), wide)):
-        near(got, wanted, 1e-5)
+        close(got, wanted, 1e-5)
     assert not module.FAILED
 
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from conftest import QUIET, ROOT
 from small_run import FLAGS, SMALL, data, losses, same, weights, write_shard  # noqa: F401
 
 from nanochat_lib import checkup, pretraining
+from nanochat_lib.budget import Machine
 from nanochat_lib.checkpoint import checkpoint_directory, load_model, load_optimizer, read_meta, steps_in
 from nanochat_lib.common import NanochatError, Runtime, read_json
 from nanochat_lib.pretraining import BaseTrain
@@ -64,6 +67,9 @@ def test_resumed_from_any_checkpoint_a_run_is_bit_for_bit_the_same(data):
     settings.resume_from_step = 5
     with pytest.raises(NanochatError, match="no checkpoint of step 5"):
         base_train(settings)
+    settings.resume, settings.resume_from_step, settings.num_iterations = True, -1, 8
+    with pytest.raises(NanochatError, match="step 12 in .* is past the end of this run of 8 steps.*--num-iterations"):
+        base_train(settings)
 
 
 @pytest.mark.timeout(900)
@@ -92,6 +98,24 @@ def test_an_evaluation_that_cannot_run_does_not_cost_the_run(data, base_dir, mon
     base_train(BaseTrain(**{**SMALL, "num_iterations": 2, "core_metric_every": 1, "sample_every": 2}, data_dir=data))
     assert "could not run" in capsys.readouterr().out and steps_in(checkpoint_directory("base", "d2")) == [2]
     assert (base_dir / "report" / "result_base.json").exists()
+
+
+def test_what_differs_from_the_checkpoint_is_said(data, capsys):
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 4}, data_dir=data))
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 5, "matrix_lr": 0.01}, data_dir=data, resume=True))
+    said = capsys.readouterr().out
+    assert "--matrix-lr: 0.02 in the checkpoint, 0.01 from now on" in said and "--depth:" not in said
+    write_shard(Path(data), 0, [["another text"] * 400])
+    with pytest.raises(NanochatError, match="is not the data of the checkpoint, which had 1 files"):
+        base_train(BaseTrain(**{**SMALL, "num_iterations": 6}, data_dir=data, resume=True))
+
+
+def test_an_evaluation_that_one_of_two_processes_cannot_run_does_not_cost_the_run(data, base_dir, run_module):
+    flags = [*FLAGS, "--num-iterations=4", "--core-metric-every=2", f"--data-dir={data}"]
+    run = run_module("tests.half_evaluation", *flags, nproc=2)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("could not run, training is not affected: the disk of rank 1") == 2
+    assert steps_in(checkpoint_directory("base", "d2"))[-1] == 4
 
 
 def test_saved_before_evaluated(data, monkeypatch):
@@ -160,12 +184,20 @@ def test_the_default_evaluation_is_sized_to_run_and_machine(data, capsys):
     ("--eval-tokens 0", {"eval_tokens": 0}), ("0 steps", {"num_iterations": -1, "target_flops": 1.0}),
     ("--target-param-data-ratio 0", {"num_iterations": -1, "target_param_data_ratio": 0.0}),
     ("--fp8 cannot run: it needs a CUDA device", {"fp8": True}), ("rowwise is unknown: choose tensorwise", {"fp8_recipe": "rowwise"}),
+    ("give 224", {"total_batch_size": 250, "dry_run": True, "plan": Machine(gpus=1)}),
     ("exclude each other", {"compile": True, "no_compile": True}), ("not on this machine", {"device_type": "abacus"}),
     ("no checkpoint of step 5 in .*there are none", {"resume_from_step": 5})])
 def test_impossible_settings_are_one_line(data, base_dir, match, changes):
     with pytest.raises(NanochatError, match=match) as error:
         base_train(BaseTrain(**{**SMALL, "data_dir": data, **changes}))
     assert "\n" not in str(error.value) and not (base_dir / "base_checkpoints").exists()  # before any work
+
+
+def test_a_named_run_without_wandb_stops_before_the_former_run_is_set_aside(data, base_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(NanochatError, match="--run needs wandb"):
+        base_train(BaseTrain(**SMALL, data_dir=data, run="x"))
+    assert not (base_dir / "base_checkpoints").exists()
 
 
 def test_an_unknown_flag_is_named(capsys):
@@ -204,6 +236,7 @@ def test_live(data, monkeypatch, capsys):
     """A line of metrics a step, with time left and (where the peak is known) MFU; the same to Weights & Biases."""
     sent, fake = [], types.ModuleType("wandb")
     fake.init = lambda **about: sent.append(about) or types.SimpleNamespace(log=sent.append, finish=lambda: sent.append("end"))
+    fake.__spec__ = ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(pretraining, "peak_flops", lambda device: 1e9)
     base_train(BaseTrain(**{**SMALL, "run": "mine", "sample_every": 6, "keep_last": 1}, data_dir=data))
@@ -290,6 +323,10 @@ def test_loss_scaling_skips_a_step_that_overflowed(make_model):
     accumulate(model, batches, 2, scaler)
     assert scaler.step(optimizer) and not same(before, model.state_dict())
     assert LossScaler(torch.float16, scaler.state()).state() == {"scale": 2.0**15, "good_steps": 1}
+    with pytest.raises(NanochatError, match="not finite at any scale of the loss"):
+        for _ in range(100):
+            model.lm_head.weight.grad[0, 0] = float("nan")
+            scaler.step(optimizer)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(make_model):

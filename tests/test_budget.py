@@ -88,7 +88,7 @@ def test_unknown_machines_are_named():
 
 @pytest.mark.parametrize("name, chip", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H200", "H200"),
                                         ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-                                        ("NVIDIA GB200", "GB200"), ("NVIDIA L40S", "L40S"), ("NVIDIA Tesla K80", None)])
+                                        ("NVIDIA GB200", "GB200"), ("NVIDIA L40S", "L40S"), ("NVIDIA L40", None), ("NVIDIA L4", "L4"), ("NVIDIA Tesla K80", None)])
 def test_the_peak_of_a_chip(monkeypatch, name, chip):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == (CHIPS[chip][0] if chip else 0.0)

@@ -80,10 +80,13 @@ from nanochat_lib.common import *
 class Settings:
     depth: int = 3
     device_type: str = ""
+    resume: bool = False
 
 def main(settings: Settings) -> None:
     if settings.depth == 0:
         raise NanochatError("depth 0: give --depth 1 or more")
+    if settings.depth == 8:
+        raise KeyboardInterrupt
     if settings.depth == 9:
         raise OSError(28, "no space", "weights")
     runtime = start(settings.device_type)
@@ -103,7 +106,9 @@ def script(tmp_path, monkeypatch):
 
 
 def test_run_cli_turns_failures_into_one_line(script, run_module):
-    for depth, message in ((0, "error: depth 0: give --depth 1 or more"), (9, "error: the disk is full, writing weights")):
+    for depth, message in ((0, "error: depth 0: give --depth 1 or more"),
+                           (8, "stopped: run the same command with --resume to go on"),
+                           (9, "error: the disk is full, writing weights: make room and run the same command with --resume")):
         done = run_module(script, "--depth", depth)
         assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert run_module(script, "--no-such-flag=1").returncode == 2

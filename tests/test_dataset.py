@@ -4,6 +4,8 @@ import functools
 import io
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -143,7 +145,7 @@ def test_reads_the_real_format(shared_data):
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves shards as the hub does. `faults[name]` is used up one a request: 503, "break", "torn", "stall" or 404.
+    """Serves shards as the hub does. `faults[name]` is used up one a request: 503, "break", "torn", "stall" "reset" or 404.
 
     "head" is a 503 to the question for a file's size. A stalled answer stops half-way and sets `stalled`.
     """
@@ -197,13 +199,15 @@ class HubRequest(BaseHTTPRequestHandler):
             self.server.asked.append(name)
         if fault in (503, 404, "head"):
             return self.reply(404 if fault == 404 else 503, b"")
+        if fault == "reset":  # closed so, a socket answers with RST instead of an orderly end
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if fault == "torn":  # the length and the tag fit what is served: only the footer tells
             data = data[:-100] + b"\0" * 100
         first = 0
         if given := self.headers.get("Range"):
             first = int(re.match(r"bytes=(\d+)-", given)[1])
             self.server.ranges.append(first)
-        self.reply(206 if first else 200, data[first:], body, broken=fault in ("break", "stall"), total=len(data), first=first)
+        self.reply(206 if first else 200, data[first:], body, broken=fault in ("break", "stall", "reset"), total=len(data), first=first)
         if fault == "stall":
             self.server.stalled.set()
             time.sleep(60)
@@ -221,6 +225,7 @@ class HubRequest(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) * 2 // 3] if broken else data)
         if broken:
             self.close_connection = True
+            self.wfile.flush()
 
 
 @pytest.fixture
@@ -255,6 +260,13 @@ def test_download_survives_a_bad_hub(fetch, hub, base_dir):
     hub.asked.clear()
     again = fetch("-n", 3)
     assert again.returncode == 0 and "all 4 shards are in" in again.stdout and not hub.asked
+
+
+def test_download_survives_a_connection_that_is_reset(fetch, hub, base_dir):
+    hub.faults = {"shard_00001": ["reset"]}
+    result = fetch("-n", 2)
+    assert result.returncode == 0, result.stderr
+    assert (base_dir / "base_data_climbmix" / "shard_00001.parquet").read_bytes() == shard_bytes("shard_00001")
 
 
 def test_killed_in_the_middle_it_leaves_no_half_file_and_goes_on(hub, base_dir):

@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 
 from nanochat_lib.checkpoint import load_model, write_result
-from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start
+from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start, together
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, write_tables
 from nanochat_lib.gpt import GPT
@@ -44,8 +44,9 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
         print0(f"--split-tokens {wanted} is less than a batch: evaluating one batch, {batch} tokens")
     bpb = {}
     for split in ("train", "val"):
-        loader = PackedLoader(tokenizer, rows, context, split, settings.data_dir, runtime.rank, runtime.world_size,
-                              runtime.device)
+        with together():
+            loader = PackedLoader(tokenizer, rows, context, split, settings.data_dir, runtime.rank, runtime.world_size,
+                                  runtime.device)
         bpb[split] = evaluate_bpb(model, loader, max(-(-wanted // batch), 1),
                                   tokenizer.token_bytes().to(runtime.device))
         print0(f"bits per byte, {split}: {bpb[split]:.4f}")
@@ -55,6 +56,9 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
 def base_eval(settings: BaseEval) -> None:
     """Evaluate a base model: CORE, bits per byte, samples. A part that cannot run is reported, the others are done."""
     parts = [part.strip() for part in settings.eval.split(",") if part.strip()]
+    for name in ("device_batch_size", "split_tokens"):
+        if getattr(settings, name) < 1:
+            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least 1")
     if not parts or set(parts) - set(PARTS):
         raise NanochatError(f"--eval {settings.eval!r} is unknown: choose from {', '.join(PARTS)}, separated by commas")
     runtime = start(settings.device_type)
@@ -69,10 +73,12 @@ def base_eval(settings: BaseEval) -> None:
                 print0(f"CORE {core['core_metric']:.4f}")
             elif part == "bpb":
                 result["bpb"] = bpb_of_splits(settings, runtime, model, tokenizer)
-            elif runtime.is_main:
-                result["samples"] = draw_samples(model, tokenizer, sample_prompts(settings.eval_bundle))
-                print(*(f"  {' '.join(text.split())}" for text in result["samples"]), sep="\n", flush=True)
-        except NanochatError as error:
+            else:
+                with together():
+                    if runtime.is_main:
+                        result["samples"] = draw_samples(model, tokenizer, sample_prompts(settings.eval_bundle))
+                        print(*(f"  {' '.join(text.split())}" for text in result["samples"]), sep="\n", flush=True)
+        except (NanochatError, OSError) as error:
             failures.append(f"{part}: {error}")
             print0(f"left out: {failures[-1]}")
     if runtime.is_main and "core_metric" in result:

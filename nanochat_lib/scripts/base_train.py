@@ -7,6 +7,7 @@ from nanochat_lib.checkup import Checkup
 from nanochat_lib.common import NanochatError, print0, run_cli, start
 from nanochat_lib.pretraining import BaseTrain, Run, check_settings, recipe_of
 from nanochat_lib.tokenizer import load_tokenizer
+from nanochat_lib.training import divide_batch
 
 
 def train(run: Run) -> None:
@@ -30,6 +31,7 @@ def dry_run(settings: BaseTrain) -> None:
     except NanochatError:
         vocab_size = 32768
     dial = recipe_of(settings, vocab_size)
+    divide_batch(dial.total_batch_size, settings.device_batch_size, dial.config.sequence_len, settings.plan.gpus)
     for name, value in {**dial.describe(), **describe_budget(dial, settings.device_batch_size, settings.plan)}.items():
         print(f"{name:12} {value}")
 

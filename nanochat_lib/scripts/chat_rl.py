@@ -5,8 +5,8 @@
 import time
 from dataclasses import asdict
 
-from nanochat_lib.checkpoint import checkpoint_directory, find_checkpoint, gather, steps_in, write_result
-from nanochat_lib.common import NanochatError, Runtime, print0, progress, run_cli, start
+from nanochat_lib.checkpoint import checkpoint_directory, find_checkpoint, steps_in, write_result
+from nanochat_lib.common import NanochatError, Runtime, gather, print0, progress, run_cli, start
 from nanochat_lib.practice import EVAL_SAMPLES, ChatRL, Journal, Policy, check_settings
 from nanochat_lib.rl import collapsed, questions_of_step
 from nanochat_lib.saver import Saver
