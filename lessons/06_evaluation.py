@@ -90,7 +90,10 @@ class Counting(torch.nn.Module):
             self.tables.append(torch.unique(pairs[pairs >= 0], return_counts=True))
 
     def contexts(self, ids, length):
-        """A number for the `length` tokens up to each place of ids (B, T); -1 where the row has fewer."""
+        """A hash of the `length` tokens up to each place of ids (B, T), below 2^40 so that times vocab_size it fits int64.
+
+        -1 where the row has fewer tokens.
+        """
         code = torch.zeros_like(ids)
         for back in range(length):
             code = (code * 1_000_003 + ids.roll(back, 1) + 1) % 2**40
@@ -121,12 +124,20 @@ print(f"{len(ids):,} tokens counted")
 # %% [markdown]
 # ## Bits per byte
 #
-# Loss per token depends on the tokenizer: longer tokens are fewer, each is harder. Divide instead by what no tokenizer
+# Loss is counted in nats, units of the natural logarithm; one nat is 1 / ln 2 = 1.44 bits. Loss per token depends on
+# the tokenizer: longer tokens are fewer, each is harder. Divide instead by what no tokenizer
 # can change, the bytes of the text: Σ nats / (ln 2 · Σ bytes). It is also the size to which the model could compress
 # the text, in bits for each byte. Specials are no text and do not count.
 
 # %%
 #| export
+def bits_of(nats: float, length: float) -> float:
+    """Bits per byte of `length` bytes that took `nats`."""
+    if not length:
+        raise NanochatError("bits per byte of no text: every target is a special token or ignored, or there is none")
+    return nats / (math.log(2) * length)
+
+
 def nats_and_bytes(losses: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
     """(2,): Σ nats and Σ bytes over the targets (B, T) that are text; losses (B, T); token_bytes (vocab,)."""
     length = torch.where(targets >= 0, token_bytes.to(targets.device)[targets.clamp(min=0)], 0)
@@ -135,10 +146,7 @@ def nats_and_bytes(losses: Tensor, targets: Tensor, token_bytes: Tensor) -> Tens
 
 def bits_per_byte(losses: Tensor, targets: Tensor, token_bytes: Tensor) -> float:
     """Bits a model needs per byte of text. Targets of -1 and specials (0 bytes) do not count."""
-    nats, length = nats_and_bytes(losses, targets, token_bytes).tolist()
-    if not length:
-        raise NanochatError("bits per byte of no text: every target is a special token or ignored")
-    return nats / (math.log(2) * length)
+    return bits_of(*nats_and_bytes(losses, targets, token_bytes).tolist())
 
 # %%
 #| export
@@ -152,13 +160,11 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], steps: in
         sums = nats_and_bytes(model(inputs, targets, loss_reduction="none"), targets, token_bytes)
         sums = (sums if sums.is_cuda else sums.cpu()).double()  # MPS has no float64
         total = sums if total is None else total + sums
-    nats, length = all_reduce_sum(torch.zeros(2, dtype=torch.float64) if total is None else total).tolist()
-    if not length:
-        raise NanochatError("bits per byte of no text: the batches hold only special tokens, or there are none")
-    return nats / (math.log(2) * length)
+    return bits_of(*all_reduce_sum(torch.zeros(2, dtype=torch.float64) if total is None else total).tolist())
 
 # %% [markdown]
-# The same text, the same way of counting, two tokenizers. Judged by loss per token, the small vocabulary looks better.
+# The same text, the same way of counting, two tokenizers. Judged by loss per token, the small vocabulary looks better;
+# judged by bits per byte, it is the worse one.
 
 # %%
 def batches(tokenizer, texts, length=128):
@@ -168,16 +174,18 @@ def batches(tokenizer, texts, length=128):
     return [(part[:, :-1], part[:, 1:]) for part in rows.split(16)]
 
 
+specials = 9
 for size in (320, 1024):
-    small = Tokenizer(tokenizer.tokens[:size - 9])
-    model = Counting(stream(small, texts), size, 4)
-    sample = batches(small, held_out)
+    other = Tokenizer(tokenizer.tokens[:size - specials])
+    model = Counting(stream(other, texts), size, 4)
+    sample = batches(other, held_out)
     loss = sum(model(*batch).item() for batch in sample) / len(sample)
-    bpb = evaluate_bpb(model, sample, len(sample), small.token_bytes())
+    bpb = evaluate_bpb(model, sample, len(sample), other.token_bytes())
     print(f"{size:4} ids: {loss:.1f} nats per token, {bpb:.1f} bits per byte")
 
 # %% [markdown]
-# Where are the bits? Red tokens surprised the model, white ones did not: a fact's last word, the sum of two numbers.
+# Where are the bits? Red tokens surprised the model, most of all names and the sum of two numbers; white ones it could
+# have said itself.
 
 # %%
 import matplotlib.pyplot as plt
@@ -364,8 +372,9 @@ for label in ("world_kin_mc", "world_schema", "world_sums_lm"):
 # %% [markdown]
 # ## Which tokens are scored
 #
-# Text is cut into tokens as a whole, so the border between context and continuation is found in the tokens: what the
-# choices share at the front (or, for a schema, at the back) is context.
+# Text is cut into tokens as a whole, so the border between context and continuation is found in the tokens. For multiple
+# choice, what the rows share at the front is context, the rest is scored; for a schema, what they share at the back is
+# scored; for language modeling, what the answer adds.
 
 # %%
 #| export scoring
@@ -514,9 +523,10 @@ def score_questions(model: Any, questions: list[list[Row]], device: Any, budget:
     long = [index for index, length in enumerate(shared) if length >= WORTH_SHARING]
     for places in length_batches([shared[index] * len(questions[index]) for index in long], budget):
         batch = [long[place] for place in places]
-        found = score_shared(model, [questions[index] for index in batch], [shared[index] for index in batch], device)
-        for index, score in zip((index for index in batch for _ in questions[index]), found):
-            scores[index] = [*(scores[index] or []), score]
+        found = iter(score_shared(model, [questions[index] for index in batch], [shared[index] for index in batch],
+                                  device))
+        for index in batch:
+            scores[index] = [next(found) for _ in questions[index]]
     return scores
 
 
@@ -567,7 +577,8 @@ for axis, label, number in zip(axes, ("world_kin_mc", "world_schema", "world_fac
 # ## The score
 #
 # With four choices, guessing gets a quarter right; with two, half. So each accuracy *a* is centred by its baseline *b*,
-# (a − b) / (1 − b): guessing is 0, perfection 1, and tasks can be averaged. The mean is CORE. GPT-2 (1.6B) has 0.2565.
+# (a − b) / (1 − b): guessing is 0, perfection 1, and tasks can be averaged. The mean is CORE. GPT-2 (1.6B) has 0.2565 on the real bundle's tasks. The
+# world's tasks are scored alike but are far easier: the two must not be compared.
 
 # %%
 #| export
@@ -638,14 +649,14 @@ cores = {order: evaluate_core(models[order], tokenizer, "cpu", bundle, 60) for o
 print(f"{'order':18}" + "".join(f"{order:>7}" for order in cores))
 for label in tasks:
     print(f"{label:18}" + "".join(f"{core['results'][label]:7.2f}" for core in cores.values()))
-print(f"{'CORE, centred':18}" + "".join(f"{core['core_metric']:7.2f}" for core in cores.values()))
+print(f"{'world CORE':18}" + "".join(f"{core['core_metric']:7.2f}" for core in cores.values()))
 
 # %% [markdown]
-# On the left, the plain mean credits a model that only knows how frequent each token is. On the right, the two
+# Below, on the left, the plain mean credits a model that only knows how frequent each token is. On the right, the two
 # numbers disagree: from order 4 on bits per byte get worse, since long contexts are rare and over-trusted, while CORE
 # still rises: its questions ask for facts, and a fact is a long context. Look at both. And note what counting never
-# learns: sums it has not seen, and schemas, whose answer is not in the words just before. For these a model must
-# compute.
+# learns: sums it has not seen, and schemas, whose answer is not in the words just before (the one above was luck). For these
+# a model must compute.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
@@ -653,15 +664,15 @@ orders = list(cores)
 plain = [sum(core["results"].values()) / len(tasks) for core in cores.values()]
 left.bar([place - 0.2 for place in range(len(orders))], plain, 0.4, label="mean accuracy")
 left.bar([place + 0.2 for place in range(len(orders))], [core["core_metric"] for core in cores.values()], 0.4,
-         label="mean centred accuracy: CORE")
+         label="mean centred accuracy: world CORE")
 left.set(xlabel="order of the model (tokens)", xticks=range(len(orders)), xticklabels=orders, ylim=(0, 1),
          ylabel="score")
 left.legend()
 sample = batches(tokenizer, held_out)
 curve = [evaluate_bpb(model, sample, len(sample), tokenizer.token_bytes()) for model in models.values()]
 right.plot(list(models), curve, marker="o", label="bits per byte")
-right.plot(orders, [core["core_metric"] for core in cores.values()], marker="s", label="CORE")
-right.set(xlabel="order of the model (tokens)", ylabel="bits per byte · CORE", ylim=(-0.1, None))
+right.plot(orders, [core["core_metric"] for core in cores.values()], marker="s", label="world CORE")
+right.set(xlabel="order of the model (tokens)", ylabel="bits per byte · world CORE", ylim=(-0.1, None))
 _ = right.legend()
 
 # %% [markdown]
@@ -670,6 +681,7 @@ _ = right.legend()
 # In [06_evaluation](../exercises/06_evaluation.ipynb):
 # - *bits_per_byte*: from losses, targets and the bytes of each token.
 # - *rows_of*: find the scored tokens in each of the three forms.
-# - *questions_needed*: when is a better CORE only luck?
+# - *questions_needed*: how many questions before a difference means something?
+# - *luck*: how often does 0.62 look like 0.68?
 #
 # **Next:** [07 · Pretraining](07_pretraining.ipynb)

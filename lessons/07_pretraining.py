@@ -14,6 +14,10 @@
 # # 07 · Pretraining
 #
 # *How does one dial, depth, fix a whole run?* — 50 minutes, about one of them computing.
+#
+# A training run needs rows to read, numbers that follow from the depth, checkpoints, and a loop. They are built here in
+# this order; then we ask by experiment where the numbers come from. Two parts can be skipped at first: checkpoints from
+# elsewhere, and how fast.
 
 # %%
 #| default_exp dataloader
@@ -47,11 +51,12 @@ AHEAD = 4      # such chunks wait, ready, while training computes
 # The model reads rows of T + 1 tokens; documents are of any length. Padding wastes computing; cutting a stream of
 # documents every T + 1 tokens gives rows that begin in the middle of a sentence. *Best fit* does better: keep a
 # buffer of 1,000 documents, and put into a row the longest one that still fits, again and again. When none fits,
-# crop the shortest. Every row then starts with `<|bos|>` at the start of a document, and no position is empty.
+# crop the shortest. Every row then starts with `<|bos|>` at the start of a document, and no position is empty. (A
+# token still sees the documents before its own in the row; the model learns from `<|bos|>` to leave them alone.)
 #
 # Searching a list of 1,000 for each document would cost more than the rest of the loader. But only lengths matter, and
-# Python has whole numbers of any size: let bit *n* of one number say whether a document of *n* tokens waits. Those that fit
-# are its low bits, the longest of them the highest one, and a computer finds the highest bit of a number at once.
+# Python has whole numbers of any size: let bit *n* of one number say whether a document of *n* tokens waits. Those
+# that fit are its low bits, the longest of them the highest one, and a computer finds the highest bit at once.
 
 # %%
 #| export
@@ -160,9 +165,8 @@ for ax, pack in zip(axes, (padded, concatenated, packed)):
             if lost:
                 ax.barh(y, 8, 0.9, x + length - 8, color="white")
             x, number = x + length, number + 1
-    ax.set(title=pack.__name__, xlabel="position in the row", xlim=(0, ROW), facecolor="black")
+    ax.set(title=pack.__name__, xlabel="position in the row", xlim=(0, ROW), ylim=(ROWS - 0.5, -0.5), facecolor="black")
 axes[0].set_ylabel("row")
-axes[0].invert_yaxis()
 
 # %%
 count = 400
@@ -405,15 +409,16 @@ print(f"{len(loader.buffer)} documents wait; next comes epoch, row group, docume
 # ## The dial
 #
 # Everything about a run follows from one number, the depth. Its reference is a run that was tuned by hand: depth
-# 12, batches of 2¹⁹ tokens. From there:
+# 12, batches of 2¹⁹ tokens, D₁₂ tokens in all. From there:
 #
 # | | rule | why |
 # |---|---|---|
 # | width | 64 × depth, rounded up to whole heads | deep and wide grow together |
-# | tokens D | 12 × N (matrices and lm_head) | about compute-optimal (arXiv 2203.15556) |
+# | tokens D | 12 × N (matrices and lm_head) | nanochat's optimum, N counted so; Chinchilla: about 20, all counted (arXiv 2203.15556) |
 # | batch B | 2¹⁹ · (D / D₁₂)^0.383, to a power of two | longer runs have a larger critical batch (arXiv 2505.13738) |
 # | learning rates | × √(B / 2¹⁹) | the noise of a gradient falls with √B |
-# | weight decay | 0.28 · √(B / 2¹⁹) · D₁₂ / D | the same memory, counted in epochs (arXiv 2405.13698) |
+# | weight decay | 0.28 · √(B / 2¹⁹) · D₁₂ / D | weights forget over the same share of the run (arXiv 2405.13698) |
+# | steps | D / B | |
 
 # %%
 #| export scaling
@@ -509,7 +514,7 @@ def recipe(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len:
                  vocab_size=vocab_size)
     model = on_meta(model_config(depth, **shape))
     params = scaling_params(model)
-    if target_param_data_ratio <= 0 and (num_iterations < 0 and target_flops < 0 or total_batch_size < 0):
+    if target_param_data_ratio <= 0 and ((num_iterations < 0 and target_flops < 0) or total_batch_size < 0):
         raise NanochatError(f"--target-param-data-ratio {target_param_data_ratio} gives no tokens: it must be above 0")
     ratio = target_param_data_ratio if target_param_data_ratio > 0 else 12
     tokens = int(ratio * params)
@@ -561,8 +566,8 @@ for ax, (name, values) in zip(axes, curves.items()):
 # Before eight GPUs are rented one wants to know: does it fit, how long, how much? Memory of one GPU is counted from
 # the shapes: weights and gradients are whole on each, the optimizer's state is dealt to all (lesson 05). Of
 # activations a layer keeps about 17 numbers per token and channel for the backward pass (arXiv 2205.05198 counts
-# the same for GPT-3's layers): the inputs of its products, q, k, v and twice the MLP's four-fold width. Hours rest on
-# an assumption, the part of the chip's peak that is used (MFU), and dollars on a price; both are flags. How good is
+# the same for a layer in 16 bits, attention scores left out). Hours rest on an assumption, the part of the chip's peak
+# that is used (MFU, model FLOPs utilization), and dollars on a price; both are flags. How good is
 # the estimate? A compiled step of depth 12 with 32 rows on one H200 took 29.6 GB and reached an MFU of 0.46; the
 # formula says 25.6 GB, and so a batch counts as fitting when it fills four fifths of the memory.
 
@@ -663,8 +668,8 @@ def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str,
     memory = memory_of(dial, device_batch, plan.gpus)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if name != "total")
     fits = fitting_batch(dial, device_batch, plan.gpus, SAFE * 1e9 * gigabytes)
-    advice = f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
-    advice = "" if fits == device_batch else advice
+    advice = ("" if fits == device_batch else
+              f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit")
     hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
     return {
         "memory": f"about {memory['total'] / 1e9:.1f} of {gigabytes} GB on each of {plan.gpus} {plan.chip} with "
@@ -683,8 +688,8 @@ def describe_dial(depth: int, gpus: int = 8, device_batch: int = 16) -> str:
     return "\n".join(f"{name:12} {value}" for name, value in lines.items())
 
 # %% [markdown]
-# A GPT-2 grade model, at the ratio of 8 tokens per parameter that is just enough for it; this is what `base_train
-# --depth=24 --target-param-data-ratio=8 --device-batch-size=16 --dry-run` prints:
+# A GPT-2 grade model at nanochat's ratio for it, 8 tokens per parameter. With a tokenizer of 32,768 tokens this is what
+# `base_train --depth=24 --target-param-data-ratio=8 --device-batch-size=16 --dry-run` prints (we have not run it):
 
 # %%
 from nanochat_lib.budget import Machine, describe_budget, memory_of
@@ -708,7 +713,7 @@ ax.set_yticklabels(["1 GPU, 16 rows", "8 GPUs, 16 rows", "8 GPUs, 32 rows"])
 _ = ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 # %% [markdown]
-# The dial itself. Turn it (in a running notebook): at which depth does a run on eight GPUs cost a day? Where does it
+# The dial itself. Turn it (in a running notebook): at which depth does a run on eight GPUs take a day? Where does it
 # no longer fit?
 
 # %%
@@ -724,7 +729,8 @@ _ = ipywidgets.interact(lambda depth, gpus, rows: print(describe_dial(depth, gpu
 # ## Schedules
 #
 # Rates rise for 40 steps (at most a tenth of a short run), stay, and fall in a straight line over the last 65 %.
-# Muon's momentum rises with them and falls at the end; its weight decay goes to zero on a cosine.
+# Muon's momentum rises from 0.85 to 0.97 over 400 steps and falls to 0.90 with the rates; its weight decay goes to zero
+# on a cosine.
 
 # %%
 #| export scaling
@@ -772,7 +778,7 @@ _ = axes[0].legend(loc="lower left")
 assert max(learning_rate_multiplier(step, 60, warmup_of(60)) for step in range(60)) == 1
 
 # %% [markdown]
-# ## Checkpoints: a run that nothing can kill
+# ## Checkpoints: a run that survives being killed
 #
 # A run of hours is stopped sooner or later: a full disk, a lost node, an impatient hand. A checkpoint has to be
 # whole or not there. Three kinds of file make one, and the order in which they are written is the whole trick:
@@ -1115,15 +1121,15 @@ except NanochatError as error:
 # %% [markdown]
 # ## Saving while training goes on
 #
-# Writing takes long: model and optimizer of depth 24 are 12 GB. But only reading the weights must not be disturbed, and
-# weights change at one moment of a step alone, when the optimizer steps. So a thread copies them into other memory
+# Writing takes long: model and optimizer of depth 24 are 12 GB. But the weights need only stay still while they are
+# copied, and they change only when the optimizer steps. So a thread copies them into other memory
 # while the next forward and backward pass compute with them, and then writes the copy while training goes on:
 #
 # | training | forward and backward | **wait** | optimizer | forward and backward | optimizer | … |
 # |---|---|---|---|---|---|---|
 # | thread | copy | | write weights | write state | checksums | metadata |
 #
-# Training stops for what the copy takes longer than the gradients. If the disk is full, the run goes on and says so;
+# Training waits only if the copy takes longer than the gradients. If the disk is full, the run goes on and says so;
 # the older checkpoints stay. On several ranks the threads have a process group of their own, so that their meetings
 # do not get between those of training.
 
@@ -1518,13 +1524,13 @@ def import_checkpoint(settings: ImportCheckpoint) -> None:
 # ## What every training loop shares
 #
 # Chat training (lesson 09) and reinforcement learning (lesson 10) step like pretraining does: sum the gradients of
-# a few micro-batches, set this step's rates, let the optimizer step. Four things can go wrong, and each has its
-# place here: a batch that does not divide, float16 that underflows, a compiler that is missing, a loss that is no
-# number.
+# a few micro-batches (*gradient accumulation*), set this step's rates, let the optimizer step. Four things can go wrong,
+# and each has its place here: a batch that does not divide, float16 that underflows, a compiler that is missing, a loss
+# that is NaN or infinite.
 
 # %%
 #| export training
-"""What all training loops share: micro-batches, rates, float16 scaling, compiling, and a loss that is no number."""
+"""What all training loops share: micro-batches, rates, float16 scaling, compiling, and a loss that is NaN."""
 
 
 import json
@@ -1864,7 +1870,8 @@ class Run:
         self.loader, self.validation = self.make_loader("train", meta.get("loader")), self.make_loader("val")
         self.build(meta)
         prepare_directory(self.directory, runtime, self.step if meta else -1)
-        trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
+        if runtime.is_main:
+            trim_metrics(self.directory / "metrics.jsonl", self.step)
         self.metrics = MetricsLog(self.directory / "metrics.jsonl", settings.run, dataclasses.asdict(settings))
         self.saver = Saver(self.directory, self.orig_model, self.optimizer, runtime, settings.keep_last)
 
@@ -2222,7 +2229,8 @@ with subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subpr
     while process.poll() is None and not Path(scratch, "base_checkpoints", "killed", "meta_000060.json").exists():
         time.sleep(0.01)
     process.kill()
-print(subprocess.run(command("killed"), capture_output=True, text=True).stdout.replace(scratch, "…").splitlines()[5])
+again = subprocess.run(command("killed"), capture_output=True, text=True).stdout.replace(scratch, "…")
+print(next(line for line in again.splitlines() if "going on" in line))
 
 
 def metrics(tag):
@@ -2257,7 +2265,7 @@ assert curve[-1][1] < 0.8 * curve[0][1]
 # budget of FLOPs train models of several sizes, the small ones on many tokens, the large ones on few. The losses lie on
 # a parabola over log N, whose bottom is the best size N for this budget; and over several budgets, log N against log
 # FLOPs is a straight line. Its slope is about one half: a larger budget is best shared between size and tokens. The
-# same experiment, a million million times smaller, on the embedded world:
+# same experiment, some hundred million times smaller and more, on the embedded world:
 
 # %%
 #| export study
@@ -2338,12 +2346,13 @@ def fit_parabola(points: list[Point]) -> Optimum:
 
     NanochatError if there are fewer than three, or if the best one is not among them but beyond their ends.
     """
-    points = sorted(sorted(points, key=lambda point: point.bpb)[:3], key=lambda point: point.params)
+    best = sorted(points, key=lambda point: point.bpb)[:3]  # farther off, the loss is no parabola
+    points = sorted(best, key=lambda point: point.params)
     size, tokens = np.log([point.params for point in points]), np.log([point.tokens for point in points])
     budget = points[0].budget
     if len(points) < 3:
         raise NanochatError(f"{len(points)} sizes at {budget:.0e} FLOPs: a parabola needs three, give more --depths")
-    a, b, c = np.polyfit(size, [point.bpb for point in points], 2)  # farther off the loss is no parabola
+    a, b, c = np.polyfit(size, [point.bpb for point in points], 2)
     end = -math.inf if points[0].bpb < points[-1].bpb else math.inf  # downhill
     bottom = -b / (2 * a) if a > 0 else end
     if not size.min() <= bottom <= size.max():
@@ -2483,8 +2492,8 @@ print(f"N ∝ FLOPs^{exponent(optima, lambda best: best.params):.2f}, "
 
 # %% [markdown]
 # Both exponents are near one half, as in the paper, and the best models read about a dozen tokens for each parameter:
-# the ratio that the dial takes. Twelve runs are few, and these exponents have an error of a tenth or more; the real
-# thing takes hundreds.
+# the ratio that the dial takes. Twelve runs of one seed, three points a parabola: few, and without error bars (`--seed`
+# shows how much they move); the real thing takes hundreds.
 #
 # Here and now, a smaller budget: even the smallest of these models is too large for it, and there is no bottom to
 # find.
@@ -2611,14 +2620,14 @@ def base_eval(settings: BaseEval) -> None:
 # |---|---|
 # | CPU, depth 4, vocabulary 32,768: tokens a second of one core | 4.7 × (2.0 × in float32); of two cores 4.4 to 5.1 × |
 # | the same: peak memory | 0.37 × (0.47 × in float32) |
-# | the same: the optimizer's part of a step | 9 to 10 % (7.5 % in float32) |
+# | the same: the optimizer's part of a step (we want 6 %) | 9 to 10 % (7.5 % in float32) |
 # | rows packed a second, against a linear search | 14 × |
-# | saving: training stands still for | 3 % of its time |
+# | share of a save's time in which training stands still | 3 % |
 # | CORE with ten examples: questions a second, against one by one | 18 × |
 #
 # That was a processor that multiplies bfloat16 itself (AVX512-BF16, AMX); for a model at least 256 wide `choose_dtype`
 # then takes bfloat16. On one H200 (`docs/training.json`) a compiled model of depth 12 trains on 597,000 tokens a second,
-# 46 % of what the chip's matrix units can do; with full windows in every layer on 582,000, of which each costs more
+# 46 % of what the chip's matrix units can do; with full windows in every layer on 582,000, where each token costs more
 # arithmetic: 52 %.
 
 # %%

@@ -14,7 +14,7 @@
 # # 11 · The full run
 #
 # *How do I launch the real thing?* — 20 minutes to read; the run itself takes ten on a laptop, an evening on one GPU,
-# under two hours on eight.
+# an estimated two and a half to three hours on eight.
 
 # %%
 #| default_exp pipeline
@@ -37,7 +37,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -175,7 +175,7 @@ show("laptop")
 
 # %% [markdown]
 # The big one is the same list with other numbers: text from the hub instead of the little world, eight processes
-# instead of one, depth 24 instead of 4.
+# instead of two, depth 24 instead of 4.
 
 # %%
 show("speedrun")
@@ -185,7 +185,7 @@ show("speedrun")
 #
 # A stage's *key* is a hash of its own command and the keys of all stages before it. A stage whose key is recorded as
 # finished is skipped; one that was begun under the same key resumes; one whose flags, or whose input, changed starts
-# anew.
+# anew. Another number of processes is another run: it starts from the beginning.
 
 # %%
 #| export
@@ -197,7 +197,7 @@ class Progress:
         self.stages = read_json(path) if path.exists() else {}
 
     def status(self, stage: Stage, key: str) -> str:
-        """ "finished", "begun" or "new", for exactly this command after exactly these earlier ones."""
+        """Either "finished", "begun" or "new", for exactly this command after exactly these earlier ones."""
         record = self.stages.get(stage.name, {})
         return record.get("status", "new") if record.get("key") == key else "new"
 
@@ -221,11 +221,9 @@ def stage_keys(stages: list[Stage], nproc: int) -> list[str]:
 # Train the base model longer, and it and all that grew from it is made anew; the world and the tokenizer stay:
 
 # %%
-from dataclasses import replace
-
 before = plan(PRESETS["laptop"])
 after = plan(replace(PRESETS["laptop"], base={**PRESETS["laptop"].base, "num_iterations": 1200}))
-for stage, old, new in zip(after, stage_keys(before, 1), stage_keys(after, 1)):
+for stage, old, new in zip(after, stage_keys(before, 2), stage_keys(after, 2)):
     print(f"{stage.name:14} {'is kept' if old == new else 'runs again'}")
 
 # %% [markdown]
@@ -245,6 +243,7 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
     with open(log, "ab", buffering=0) as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment, pass_fds=(lock,))
+        sign(lock, os.getpid(), process.pid)
         failed = False
         try:
             while chunk := process.stderr.read1(4096):
@@ -293,18 +292,25 @@ def kills_interrupt() -> Iterator[None]:
             signal.signal(name, handler)
 
 
+def sign(lock: int, *pids: int) -> None:
+    """Write into the lock's file which processes to end, should the run have to stop."""
+    os.ftruncate(lock, 0)
+    os.write(lock, " ".join(map(str, pids)).encode())
+
+
 @contextlib.contextmanager
 def taken(folder: Path, node: str = "") -> Iterator[int]:
     """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it.
 
     The nodes of one run share the directory: each claims it under its own name.
     """
-    with open(folder / f"pipeline{node}.lock", "w") as lock:
+    with open(folder / f"pipeline{node}.lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise NanochatError(f"another run is at work in {folder}: wait, or end it "
-                                "(pkill -f nanochat_lib)") from None
+            lock.seek(0)
+            raise NanochatError(f"another run is at work in {folder}: wait, or end it (kill {lock.read()})") from None
+        sign(lock.fileno(), os.getpid())
         yield lock.fileno()
 
 # %%
@@ -338,6 +344,8 @@ class Pipeline:
     """name of the run at Weights & Biases; dummy: none"""
     nproc: int = -1
     """processes on this machine; -1: the preset's"""
+    device_batch_size: int = -1
+    """rows at a time in pretraining and SFT, fewer where memory runs out; -1: the preset's"""
     torchrun: str = ""
     """torchrun's own flags for several nodes, e.g. "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500" """
     until: str = ""
@@ -349,6 +357,9 @@ class Pipeline:
 def pipeline(settings: Pipeline) -> None:
     """Run the whole path: data, tokenizer, base model, chat model, reinforcement learning, report."""
     preset = PRESETS[settings.preset]
+    if settings.device_batch_size > 0:
+        rows = {"device_batch_size": settings.device_batch_size}
+        preset = replace(preset, base={**preset.base, **rows}, sft={**preset.sft, **rows})
     nproc = preset.nproc if settings.nproc < 0 else settings.nproc
     if nproc == 0:
         raise NanochatError("--nproc 0 starts nothing: give at least 1, or leave it away for the preset's number")
@@ -361,7 +372,8 @@ def pipeline(settings: Pipeline) -> None:
     if settings.until and settings.until not in names:
         raise NanochatError(f"--until {settings.until} is no stage: choose {', '.join(names)}")
     if settings.dry_run:
-        return print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
+        print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
+        return
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))  # torchrun would say 1, aloud
     done = Progress(base_dir() / "pipeline.json")
     node = f".{platform.node()}" if settings.torchrun else ""
@@ -407,8 +419,9 @@ def accuracies(tasks: dict[str, float]) -> str:
 
 HEADLINES = {  # stage → (its result, one line made of it)
     "tok_train": ("tok", lambda r: f"{r['vocab_size']:,} tokens, {r['bytes_per_token']:.2f} bytes each"),
-    "base_train": ("base", lambda r: f"bits per byte {r['bpb_start']:.2f} → {r['bpb']:.2f}, {r['tokens']:,} tokens"),
-    "base_eval": ("base_eval", lambda r: f"CORE {r['core_metric']:.3f}"),
+    "base_train": ("base", lambda r: f"bits per byte {r['bpb_start']:.2f} → {r['bpb']:.2f}, {r['tokens']:,} tokens"
+                   if r.get("bpb") else f"{r['tokens']:,} tokens, not evaluated"),
+    "base_eval": ("base_eval", lambda r: f"CORE {r['core_metric']:.3f}" if "core_metric" in r else "CORE not evaluated"),
     "chat_sft": ("sft", lambda r: f"validation bits per byte {r['bpb']:.3f}"),
     "chat_eval_sft": ("chat_eval_sft", lambda r: accuracies(r["tasks"])),
     "chat_rl": ("rl", lambda r: f"reward {r['reward_start']:.2f} → {r['reward']:.2f} in {r['steps']} steps"),
@@ -460,7 +473,7 @@ def draw(report: dict[str, Any]) -> Figure:
     tasks = report["base"]["core_tasks"]
     core.barh(list(tasks), list(tasks.values()))
     core.invert_yaxis()
-    core.set(title="base model: CORE", xlabel="centred accuracy", xlim=(min(0, *tasks.values(), 0), 1))
+    core.set(title="base model: CORE", xlabel="centred accuracy", xlim=(min([0, *tasks.values()]), 1))
     before, after = report["sft"].get("tasks", {}), report["rl"].get("tasks", {})
     rows = range(len(after))
     chat.barh([row - 0.2 for row in rows], [before.get(name, 0) for name in after], 0.4, label="after SFT")
@@ -643,7 +656,7 @@ class Launcher:
 
 # %% [markdown]
 # Press **start** for the run of ten minutes; the curves grow as it goes. Close the notebook, and it runs on; open it
-# again, and the box shows how far it is.
+# again and run the cell, and the box shows how far it has come by then.
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -661,16 +674,25 @@ Launcher("laptop")
 # python -m nanochat_lib.pipeline --preset laptop --data DIR
 # ```
 #
-# **One GPU**: depth 12. If memory runs out, halve the preset's `device_batch_size` above; gradient accumulation
-# (lesson 07) makes up for it.
+# **One GPU**: depth 12, for 40 GB. Where memory runs out, take fewer rows at a time; gradient accumulation (lesson 07)
+# makes up for it.
 # ```
 # python -m nanochat_lib.pipeline --preset gpu
+# python -m nanochat_lib.pipeline --preset gpu --device-batch-size 16
 # ```
 #
 # **Eight GPUs**: depth 24, the GPT-2 grade run. Fewer are fine, the total batch stays the same:
 # ```
 # python -m nanochat_lib.pipeline --preset speedrun
 # python -m nanochat_lib.pipeline --preset speedrun --nproc 4
+# ```
+#
+# What we have seen: several processes on CPUs, and one GPU. The same code on several GPUs is still to be seen, so spend
+# two minutes before you spend hours. Give this twice; stop the first one (Ctrl-C) once step 100 is saved, and the second
+# should go on from there:
+# ```
+# torchrun --standalone --nproc-per-node=8 -m nanochat_lib.scripts.base_train -- --depth=4 --num-iterations=400 \
+#     --save-every=100 --core-metric-every=-1 --model-tag=check --resume
 # ```
 #
 # **Several nodes** that share a disk: first the stages of a single process, on one node; then the same command on
@@ -684,7 +706,7 @@ Launcher("laptop")
 #
 # **A single stage** with settings of your own is one of the commands above, edited. `--help` lists what can be set:
 # ```
-# torchrun --standalone --nproc-per-node=8 -m nanochat_lib.scripts.base_train --depth=16 --run my-d16
+# torchrun --standalone --nproc-per-node=8 -m nanochat_lib.scripts.base_train -- --depth=16 --run=my-d16
 # python -m nanochat_lib.scripts.chat_sft --help
 # ```
 #

@@ -92,8 +92,8 @@ def describe_budget(dial: Recipe, device_batch: int, plan: Machine) -> dict[str,
     memory = memory_of(dial, device_batch, plan.gpus)
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items() if name != "total")
     fits = fitting_batch(dial, device_batch, plan.gpus, SAFE * 1e9 * gigabytes)
-    advice = f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit"
-    advice = "" if fits == device_batch else advice
+    advice = ("" if fits == device_batch else
+              f"; it fits with --device-batch-size {fits}" if fits else "; it does not fit")
     hours = dial.flops / (plan.gpus * peak * plan.mfu) / 3600
     return {
         "memory": f"about {memory['total'] / 1e9:.1f} of {gigabytes} GB on each of {plan.gpus} {plan.chip} with "

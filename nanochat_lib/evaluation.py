@@ -28,6 +28,13 @@ from nanochat_lib.scoring import Row, rows_of, score_questions
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # the tasks of DCLM
 
 
+def bits_of(nats: float, length: float) -> float:
+    """Bits per byte of `length` bytes that took `nats`."""
+    if not length:
+        raise NanochatError("bits per byte of no text: every target is a special token or ignored, or there is none")
+    return nats / (math.log(2) * length)
+
+
 def nats_and_bytes(losses: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
     """(2,): Σ nats and Σ bytes over the targets (B, T) that are text; losses (B, T); token_bytes (vocab,)."""
     length = torch.where(targets >= 0, token_bytes.to(targets.device)[targets.clamp(min=0)], 0)
@@ -36,10 +43,7 @@ def nats_and_bytes(losses: Tensor, targets: Tensor, token_bytes: Tensor) -> Tens
 
 def bits_per_byte(losses: Tensor, targets: Tensor, token_bytes: Tensor) -> float:
     """Bits a model needs per byte of text. Targets of -1 and specials (0 bytes) do not count."""
-    nats, length = nats_and_bytes(losses, targets, token_bytes).tolist()
-    if not length:
-        raise NanochatError("bits per byte of no text: every target is a special token or ignored")
-    return nats / (math.log(2) * length)
+    return bits_of(*nats_and_bytes(losses, targets, token_bytes).tolist())
 
 
 @torch.no_grad()
@@ -52,10 +56,7 @@ def evaluate_bpb(model: Any, batches: Iterable[tuple[Tensor, Tensor]], steps: in
         sums = nats_and_bytes(model(inputs, targets, loss_reduction="none"), targets, token_bytes)
         sums = (sums if sums.is_cuda else sums.cpu()).double()  # MPS has no float64
         total = sums if total is None else total + sums
-    nats, length = all_reduce_sum(torch.zeros(2, dtype=torch.float64) if total is None else total).tolist()
-    if not length:
-        raise NanochatError("bits per byte of no text: the batches hold only special tokens, or there are none")
-    return nats / (math.log(2) * length)
+    return bits_of(*all_reduce_sum(torch.zeros(2, dtype=torch.float64) if total is None else total).tolist())
 
 
 KINDS = ("multiple_choice", "schema", "language_modeling")

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -136,7 +136,7 @@ class Progress:
         self.stages = read_json(path) if path.exists() else {}
 
     def status(self, stage: Stage, key: str) -> str:
-        """ "finished", "begun" or "new", for exactly this command after exactly these earlier ones."""
+        """Either "finished", "begun" or "new", for exactly this command after exactly these earlier ones."""
         record = self.stages.get(stage.name, {})
         return record.get("status", "new") if record.get("key") == key else "new"
 
@@ -167,6 +167,7 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
     with open(log, "ab", buffering=0) as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment, pass_fds=(lock,))
+        sign(lock, os.getpid(), process.pid)
         failed = False
         try:
             while chunk := process.stderr.read1(4096):
@@ -202,18 +203,25 @@ def kills_interrupt() -> Iterator[None]:
             signal.signal(name, handler)
 
 
+def sign(lock: int, *pids: int) -> None:
+    """Write into the lock's file which processes to end, should the run have to stop."""
+    os.ftruncate(lock, 0)
+    os.write(lock, " ".join(map(str, pids)).encode())
+
+
 @contextlib.contextmanager
 def taken(folder: Path, node: str = "") -> Iterator[int]:
     """Claim a base directory for this run; yields the lock's file descriptor. NanochatError while another run has it.
 
     The nodes of one run share the directory: each claims it under its own name.
     """
-    with open(folder / f"pipeline{node}.lock", "w") as lock:
+    with open(folder / f"pipeline{node}.lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise NanochatError(f"another run is at work in {folder}: wait, or end it "
-                                "(pkill -f nanochat_lib)") from None
+            lock.seek(0)
+            raise NanochatError(f"another run is at work in {folder}: wait, or end it (kill {lock.read()})") from None
+        sign(lock.fileno(), os.getpid())
         yield lock.fileno()
 
 
@@ -244,6 +252,8 @@ class Pipeline:
     """name of the run at Weights & Biases; dummy: none"""
     nproc: int = -1
     """processes on this machine; -1: the preset's"""
+    device_batch_size: int = -1
+    """rows at a time in pretraining and SFT, fewer where memory runs out; -1: the preset's"""
     torchrun: str = ""
     """torchrun's own flags for several nodes, e.g. "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500" """
     until: str = ""
@@ -255,6 +265,9 @@ class Pipeline:
 def pipeline(settings: Pipeline) -> None:
     """Run the whole path: data, tokenizer, base model, chat model, reinforcement learning, report."""
     preset = PRESETS[settings.preset]
+    if settings.device_batch_size > 0:
+        rows = {"device_batch_size": settings.device_batch_size}
+        preset = replace(preset, base={**preset.base, **rows}, sft={**preset.sft, **rows})
     nproc = preset.nproc if settings.nproc < 0 else settings.nproc
     if nproc == 0:
         raise NanochatError("--nproc 0 starts nothing: give at least 1, or leave it away for the preset's number")
@@ -267,7 +280,8 @@ def pipeline(settings: Pipeline) -> None:
     if settings.until and settings.until not in names:
         raise NanochatError(f"--until {settings.until} is no stage: choose {', '.join(names)}")
     if settings.dry_run:
-        return print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
+        print(*(shlex.join(stage.command(torchrun)) for stage in stages), sep="\n")
+        return
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))  # torchrun would say 1, aloud
     done = Progress(base_dir() / "pipeline.json")
     node = f".{platform.node()}" if settings.torchrun else ""

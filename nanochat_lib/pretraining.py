@@ -125,7 +125,8 @@ class Run:
         self.loader, self.validation = self.make_loader("train", meta.get("loader")), self.make_loader("val")
         self.build(meta)
         prepare_directory(self.directory, runtime, self.step if meta else -1)
-        trim_metrics(self.directory / "metrics.jsonl", self.step) if runtime.is_main else None
+        if runtime.is_main:
+            trim_metrics(self.directory / "metrics.jsonl", self.step)
         self.metrics = MetricsLog(self.directory / "metrics.jsonl", settings.run, dataclasses.asdict(settings))
         self.saver = Saver(self.directory, self.orig_model, self.optimizer, runtime, settings.keep_last)
 

@@ -22,8 +22,9 @@ def accuracies(tasks: dict[str, float]) -> str:
 
 HEADLINES = {  # stage → (its result, one line made of it)
     "tok_train": ("tok", lambda r: f"{r['vocab_size']:,} tokens, {r['bytes_per_token']:.2f} bytes each"),
-    "base_train": ("base", lambda r: f"bits per byte {r['bpb_start']:.2f} → {r['bpb']:.2f}, {r['tokens']:,} tokens"),
-    "base_eval": ("base_eval", lambda r: f"CORE {r['core_metric']:.3f}"),
+    "base_train": ("base", lambda r: f"bits per byte {r['bpb_start']:.2f} → {r['bpb']:.2f}, {r['tokens']:,} tokens"
+                   if r.get("bpb") else f"{r['tokens']:,} tokens, not evaluated"),
+    "base_eval": ("base_eval", lambda r: f"CORE {r['core_metric']:.3f}" if "core_metric" in r else "CORE not evaluated"),
     "chat_sft": ("sft", lambda r: f"validation bits per byte {r['bpb']:.3f}"),
     "chat_eval_sft": ("chat_eval_sft", lambda r: accuracies(r["tasks"])),
     "chat_rl": ("rl", lambda r: f"reward {r['reward_start']:.2f} → {r['reward']:.2f} in {r['steps']} steps"),
@@ -73,7 +74,7 @@ def draw(report: dict[str, Any]) -> Figure:
     tasks = report["base"]["core_tasks"]
     core.barh(list(tasks), list(tasks.values()))
     core.invert_yaxis()
-    core.set(title="base model: CORE", xlabel="centred accuracy", xlim=(min(0, *tasks.values(), 0), 1))
+    core.set(title="base model: CORE", xlabel="centred accuracy", xlim=(min([0, *tasks.values()]), 1))
     before, after = report["sft"].get("tasks", {}), report["rl"].get("tasks", {})
     rows = range(len(after))
     chat.barh([row - 0.2 for row in rows], [before.get(name, 0) for name in after], 0.4, label="after SFT")

@@ -89,7 +89,7 @@ def recipe(depth: int, aspect_ratio: int = 64, head_dim: int = 128, max_seq_len:
                  vocab_size=vocab_size)
     model = on_meta(model_config(depth, **shape))
     params = scaling_params(model)
-    if target_param_data_ratio <= 0 and (num_iterations < 0 and target_flops < 0 or total_batch_size < 0):
+    if target_param_data_ratio <= 0 and ((num_iterations < 0 and target_flops < 0) or total_batch_size < 0):
         raise NanochatError(f"--target-param-data-ratio {target_param_data_ratio} gives no tokens: it must be above 0")
     ratio = target_param_data_ratio if target_param_data_ratio > 0 else 12
     tokens = int(ratio * params)

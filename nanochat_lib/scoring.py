@@ -109,9 +109,10 @@ def score_questions(model: Any, questions: list[list[Row]], device: Any, budget:
     long = [index for index, length in enumerate(shared) if length >= WORTH_SHARING]
     for places in length_batches([shared[index] * len(questions[index]) for index in long], budget):
         batch = [long[place] for place in places]
-        found = score_shared(model, [questions[index] for index in batch], [shared[index] for index in batch], device)
-        for index, score in zip((index for index in batch for _ in questions[index]), found):
-            scores[index] = [*(scores[index] or []), score]
+        found = iter(score_shared(model, [questions[index] for index in batch], [shared[index] for index in batch],
+                                  device))
+        for index in batch:
+            scores[index] = [next(found) for _ in questions[index]]
     return scores
 
 

@@ -74,12 +74,13 @@ def fit_parabola(points: list[Point]) -> Optimum:
 
     NanochatError if there are fewer than three, or if the best one is not among them but beyond their ends.
     """
-    points = sorted(sorted(points, key=lambda point: point.bpb)[:3], key=lambda point: point.params)
+    best = sorted(points, key=lambda point: point.bpb)[:3]  # farther off, the loss is no parabola
+    points = sorted(best, key=lambda point: point.params)
     size, tokens = np.log([point.params for point in points]), np.log([point.tokens for point in points])
     budget = points[0].budget
     if len(points) < 3:
         raise NanochatError(f"{len(points)} sizes at {budget:.0e} FLOPs: a parabola needs three, give more --depths")
-    a, b, c = np.polyfit(size, [point.bpb for point in points], 2)  # farther off the loss is no parabola
+    a, b, c = np.polyfit(size, [point.bpb for point in points], 2)
     end = -math.inf if points[0].bpb < points[-1].bpb else math.inf  # downhill
     bottom = -b / (2 * a) if a > 0 else end
     if not size.min() <= bottom <= size.max():

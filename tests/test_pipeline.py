@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_and_never_works_twice_at_once(fake_stages, base_di
     process.wait(20)
     assert json.loads((base_dir / "pipeline.json").read_text())["world"]["status"] == "begun"
     if how == signal.SIGKILL:  # the stage outlives its parent: a second run must not start beside it
-        with pytest.raises(NanochatError, match="another run is at work"):
+        with pytest.raises(NanochatError, match=r"another run is at work in .* \(kill \d+ \d+\)"):
             pipeline.pipeline(pipeline.Pipeline())
         subprocess.run(["pkill", "-9", "-f", "fake_stage"], check=True)
         time.sleep(0.2)
@@ -172,3 +172,16 @@ def test_launcher_starts_shows_and_stops(base_dir, monkeypatch):
         time.sleep(0.05)
     assert not launcher.start_button.disabled and "stopped" in launcher.text.value
     assert bytes(launcher.plot.value).startswith(b"\x89PNG")
+
+
+def test_fewer_rows_at_a_time(capsys, base_dir):
+    pipeline.pipeline(pipeline.Pipeline(preset="speedrun", device_batch_size=4, dry_run=True))
+    commands = [line for line in capsys.readouterr().out.splitlines() if "--device-batch-size" in line]
+    assert len(commands) == 2 and all(line.count("--device-batch-size=4") == 1 for line in commands)
+
+
+def test_a_line_for_a_stage_that_could_not_be_evaluated(base_dir):
+    write_json(base_dir / "report" / "result_base_eval.json", {"step": 3})
+    write_json(base_dir / "report" / "result_base.json", {"bpb_start": None, "bpb": None, "tokens": 5000})
+    assert report.headline("base_eval") == "CORE not evaluated"
+    assert report.headline("base_train") == "5,000 tokens, not evaluated"
