@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 07 · Exercises: pretraining
 #
-# Rows, rates and the size of a batch; a question to answer by measuring; and two programs that nothing can kill. The lesson
+# Rows, rates and the size of a batch; a question to answer by measuring; and two programs that survive a kill. The lesson
 # is [07 · Pretraining](../lessons/07_pretraining.ipynb).
 
 # %%
@@ -113,9 +113,9 @@ check.lost_to_cropping(answer)
 #
 # The process may be killed at any moment, in the middle of writing a file too; then half of it is on the disk. Write
 # a checkpoint so that `load` finds the newest one that is whole, whenever that was. The disk knows four operations, of
-# which only `rename` happens in one piece:
+# which `write` alone can be cut in half:
 #
-# - `disk.write(name, text)` makes or overwrites a file, bit by bit;
+# - `disk.write(name, text)` makes or overwrites a file, piece by piece;
 # - `disk.rename(old, new)` gives a file another name; a file of the new name is replaced;
 # - `disk.remove(name)`; `disk.files()` → {name: text}.
 #

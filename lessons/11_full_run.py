@@ -233,6 +233,12 @@ for stage, old, new in zip(after, stage_keys(before, 2), stage_keys(after, 2)):
 
 # %%
 #| export
+def sign(lock: int, *pids: int) -> None:
+    """Write into the lock's file which processes to end, should the run have to stop."""
+    os.ftruncate(lock, 0)
+    os.write(lock, " ".join(map(str, pids)).encode())
+
+
 def run_stage(command: list[str], log: Path, lock: int) -> int:
     """Run one command, its output into `log` and its progress onto our standard error; returns the exit code.
 
@@ -243,9 +249,9 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
     with open(log, "ab", buffering=0) as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment, pass_fds=(lock,))
-        sign(lock, os.getpid(), process.pid)
         failed = False
         try:
+            sign(lock, os.getpid(), process.pid)
             while chunk := process.stderr.read1(4096):
                 file.write(chunk)
                 if failed:
@@ -270,9 +276,9 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
 import tempfile
 
 program = "print('reading the data'); import sys; sys.exit('error: no data here: run the command that makes it')"
-with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as no_lock:
+with tempfile.TemporaryDirectory() as folder, open(Path(folder, "lock"), "w") as lock:
     log = Path(folder) / "stage.log"
-    code = run_stage([sys.executable, "-c", program], log, no_lock.fileno())
+    code = run_stage([sys.executable, "-c", program], log, lock.fileno())
     print(f"exit code {code}; the log says:", *log.read_text().splitlines()[1:], sep="\n  ")
 
 # %%
@@ -290,12 +296,6 @@ def kills_interrupt() -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-def sign(lock: int, *pids: int) -> None:
-    """Write into the lock's file which processes to end, should the run have to stop."""
-    os.ftruncate(lock, 0)
-    os.write(lock, " ".join(map(str, pids)).encode())
 
 
 @contextlib.contextmanager

@@ -157,6 +157,12 @@ def stage_keys(stages: list[Stage], nproc: int) -> list[str]:
     return keys
 
 
+def sign(lock: int, *pids: int) -> None:
+    """Write into the lock's file which processes to end, should the run have to stop."""
+    os.ftruncate(lock, 0)
+    os.write(lock, " ".join(map(str, pids)).encode())
+
+
 def run_stage(command: list[str], log: Path, lock: int) -> int:
     """Run one command, its output into `log` and its progress onto our standard error; returns the exit code.
 
@@ -167,9 +173,9 @@ def run_stage(command: list[str], log: Path, lock: int) -> int:
     with open(log, "ab", buffering=0) as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment, pass_fds=(lock,))
-        sign(lock, os.getpid(), process.pid)
         failed = False
         try:
+            sign(lock, os.getpid(), process.pid)
             while chunk := process.stderr.read1(4096):
                 file.write(chunk)
                 if failed:
@@ -201,12 +207,6 @@ def kills_interrupt() -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-def sign(lock: int, *pids: int) -> None:
-    """Write into the lock's file which processes to end, should the run have to stop."""
-    os.ftruncate(lock, 0)
-    os.write(lock, " ".join(map(str, pids)).encode())
 
 
 @contextlib.contextmanager
