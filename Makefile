@@ -9,7 +9,7 @@ QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml
-	@test -x $(PY) || $(PYTHON) -m venv .venv || { echo "error: cannot make .venv: install venv (Debian: apt install python3-venv)"; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { echo "error: cannot make .venv: install venv (Debian: apt install python3-venv)"; exit 1; }
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 

@@ -41,7 +41,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from nanochat_lib.common import NanochatError, base_dir, read_json, run_cli, write_json
+import torch
+
+from nanochat_lib.common import NanochatError, base_dir, pick_device, read_json, run_cli, write_json
 from nanochat_lib.report import headline, write_report
 
 # %% [markdown]
@@ -343,7 +345,7 @@ class Pipeline:
     run: str = "dummy"
     """name of the run at Weights & Biases; dummy: none"""
     nproc: int = -1
-    """processes on this machine; -1: the preset's"""
+    """processes on this machine; -1: the preset's, at most one a GPU"""
     device_batch_size: int = -1
     """rows at a time in pretraining and SFT, fewer where memory runs out; -1: the preset's"""
     torchrun: str = ""
@@ -354,13 +356,19 @@ class Pipeline:
     """print the commands and stop"""
 
 
+def processes(wanted: int) -> int:
+    """As many processes as a preset asks for, but on GPUs at most one for each."""
+    device = pick_device()
+    return min(wanted, {"cpu": wanted, "cuda": torch.cuda.device_count()}.get(device, 1))
+
+
 def pipeline(settings: Pipeline) -> None:
     """Run the whole path: data, tokenizer, base model, chat model, reinforcement learning, report."""
     preset = PRESETS[settings.preset]
     if settings.device_batch_size > 0:
         rows = {"device_batch_size": settings.device_batch_size}
         preset = replace(preset, base={**preset.base, **rows}, sft={**preset.sft, **rows})
-    nproc = preset.nproc if settings.nproc < 0 else settings.nproc
+    nproc = processes(preset.nproc) if settings.nproc < 0 else settings.nproc
     if nproc == 0:
         raise NanochatError("--nproc 0 starts nothing: give at least 1, or leave it away for the preset's number")
     if settings.data and not Path(settings.data).is_dir():

@@ -162,6 +162,9 @@ def start(device_type: str = "", seed: int = 42) -> Runtime:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     elif kind == "cpu":
         keep_freed_memory()
+    elif world_size > 1:  # gloo does not add up tensors of MPS
+        raise NanochatError(f"{world_size} processes cannot share this machine's {kind} device: start one, or give "
+                            "--device-type cpu")
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     random.seed(seed)

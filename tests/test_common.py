@@ -146,3 +146,15 @@ print(psutil.Process().memory_info().rss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 200 * 2**20
+
+
+def test_more_processes_than_the_devices_can_hold(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(common.NanochatError, match="2 processes cannot share this machine's mps device"):
+        common.start("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(common.NanochatError, match="there are 1 GPUs for process 2"):
+        common.start("cuda")

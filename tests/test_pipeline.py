@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from nanochat_lib import launch, pipeline, report
 from nanochat_lib.common import NanochatError, write_json
@@ -185,3 +186,12 @@ def test_a_line_for_a_stage_that_could_not_be_evaluated(base_dir):
     write_json(base_dir / "report" / "result_base.json", {"bpb_start": None, "bpb": None, "tokens": 5000})
     assert report.headline("base_eval") == "CORE not evaluated"
     assert report.headline("base_train") == "5,000 tokens, not evaluated"
+
+
+@pytest.mark.parametrize("cuda, mps, nproc", [(0, False, 8), (1, False, 1), (4, False, 4), (16, True, 8), (0, True, 1)])
+def test_at_most_one_process_a_gpu(monkeypatch, capsys, base_dir, cuda, mps, nproc):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    pipeline.pipeline(pipeline.Pipeline(preset="speedrun", dry_run=True))
+    assert f"--nproc-per-node={nproc} " in capsys.readouterr().out
