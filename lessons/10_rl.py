@@ -15,8 +15,8 @@
 #
 # *How does it get better than its teachers?* — 45 minutes, about one of them computing.
 #
-# A model that imitates can at best become as good as what it imitates. But for many questions an answer is easy to
-# judge even where it is hard to give: the number after `####` is right or wrong. So let the model try, see which
+# A model that imitates learns its teachers' errors too. But for many questions an answer is easy to judge even where it
+# is hard to give: the number after `####` is right or wrong. So let the model try, see which
 # tries were right, and make those more likely. The trouble is that "right" has no derivative. This lesson gets a
 # gradient from it all the same.
 
@@ -81,7 +81,8 @@ print("estimated", [round(x, 2) for x in raw.mean(0).tolist()])
 #
 # Right in the mean, but a single estimate is noisy: if most answers are right, almost everything tried is pushed up.
 # Subtract what one expects anyway. Such a *baseline* changes nothing in the mean, because E[∇log p] = 0, and takes
-# out much of the noise. The mean of a group of answers to the same question is a good one, and costs nothing.
+# out much of the noise. The mean of a group of answers to the same question is a good one, and costs nothing. (It holds
+# the answer itself, which shrinks the gradient by 1/16; the mean of the others, RLOO's below, does not.)
 
 # %%
 baselines = torch.linspace(-0.5, 1.5, 21)
@@ -128,7 +129,7 @@ def policy_gradient_loss(logp: Tensor, advantages: Tensor, mask: Tensor, tokens:
 logp = torch.randn(4, 5, requires_grad=True)
 mask = torch.tensor([[1, 1, 0, 0, 1]] * 4)  # two tokens in the middle came from a tool
 policy_gradient_loss(logp, group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0])), mask).backward()
-print(logp.grad.mul(24).int().tolist())  # in units of 1/24: the loss falls where an advantage is positive
+print(logp.grad.mul(24).round().int().tolist())  # in units of 1/24: the loss falls where an advantage is positive
 
 # %% [markdown]
 # ## One family
@@ -199,7 +200,8 @@ def grpo(logp: Tensor, old_logp: Tensor, reference_logp: Tensor, rewards: Tensor
 def dapo(logp: Tensor, old_logp: Tensor, reference_logp: Tensor, rewards: Tensor, mask: Tensor,
          terms: Terms = Terms(clip_high=0.28)) -> Tensor:
     """DAPO (arXiv 2503.14476): every token alike, so that long answers weigh what they are; more room upwards, so that
-    a rare good token can rise. (Its questions of mixed outcome only: we skip the others, and draw none in their place.)
+    a rare good token can rise. (Questions of mixed outcome only: the others are skipped, and none drawn in their place;
+    there is no penalty for overlong answers.)
     """
     gain = clipped_gain(logp, old_logp, z_scores(rewards), terms) * mask
     return -gain.sum() / max(terms.tokens or mask.sum(), 1)
@@ -226,7 +228,8 @@ ALGORITHMS = {"reinforce": reinforce, "rloo": rloo, "grpo": grpo, "dapo": dapo, 
 CLIPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr_grpo": (0.2, 0.2)}  # low, high of the papers
 
 # %% [markdown]
-# Left: what one right answer is worth if k of 16 are right. Dividing by σ makes the rare one on either side loud.
+# Left: what one right answer is worth if k of 16 are right. Dividing by σ makes the rare one on either side loud
+# (a wrong answer's curve is the mirror image).
 # Right: how hard a token is still pushed when the policy has moved. A good token rests above 1 + ε, a bad one below
 # 1 − ε; on the other side both are pulled back with full force.
 
@@ -265,7 +268,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat_lib.batch import Completion
+from nanochat_lib.request import Completion
 from nanochat_lib.common import NanochatError
 from nanochat_lib.tasks.common import Task
 
@@ -344,7 +347,7 @@ def parse_reward(text: str, zero_cut: bool = True) -> Reward:
     return Reward(weights, zero_cut)
 
 # %%
-from nanochat_lib.batch import Completion
+from nanochat_lib.request import Completion
 from nanochat_lib.rewards import Tried, parse_reward
 from nanochat_lib.tasks.gsm8k import WordProblems
 
@@ -375,7 +378,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_lib.batch import Completion
+from nanochat_lib.request import Completion
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPT, softcap
 from nanochat_lib.objectives import Terms, group_advantages, kl_to_reference
@@ -493,10 +496,10 @@ def tries_of(questions: list[Question], keep_decided: bool = False) -> Tries | N
 
 # %% [markdown]
 # Any objective of the family can now be learned from in pieces that fit the memory. It is a function of a table of
-# log-probabilities; its derivative with respect to each of them is a *weight* per token, and Σ weight · logp has the
-# same gradient. The weights want no model, only the table. At the first update even its values do not matter, the
-# ratio to the old policy is 1; where they do (later updates, a KL term), `learn` shows each piece's as it comes by, so
-# that no forward pass is made twice.
+# log-probabilities. Its derivative with respect to each entry is a *weight* for that token, and Σ weight · logp, the
+# weights held constant, has the same gradient. So we compute the weights from the table, without the model, and then
+# learn piece by piece. `chat_rl` fills the table as the pieces come by, and makes no forward pass twice; the short loop
+# below fills it first, with a pass of its own.
 
 # %%
 #| export rl
@@ -631,7 +634,7 @@ def collapsed(history: list[dict[str, float]], patience: int) -> str:
     means = [sum(step["reward"] for step in history[at:at + patience]) / patience
              for at in range(len(history) - patience + 1)]
     best, now = max(means), means[-1]
-    chance = 2 / sum(step["questions"] for step in last) ** 0.5  # twice what a mean of so many coins may be off by
+    chance = 2 / sum(step["questions"] for step in last) ** 0.5  # four standard errors of a mean of coins
     if now < best / 2 and best - now > chance:
         return f"the reward fell from {best:.2f} (steps from {means.index(best)} on) to {now:.2f}"
     return ""
@@ -738,12 +741,18 @@ rewards = practise(copy.deepcopy(taught), task, tokenizer, watch=keep)
 figure, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
 ax.plot(rewards, label="the model")
 ax.axhline(0.6, color="0.5", linestyle="--", label="its teachers")
+greedy = roll_out(Engine(taught, tokenizer), task, list(range(36)), Reward(), num_samples=1, max_tokens=4,
+                  temperature=0.0, seed=0)
+ax.axhline(sum(question.rewards[0] for question in greedy) / 36, color="C1", linestyle=":",
+           label="at temperature 0, before")
 ax.set(xlabel="step of reinforcement learning", ylabel="part of right answers", ylim=(0, 1.02))
 ax.legend()
 assert rewards[0] < 0.72 and sum(rewards[-3:]) / 3 > 0.76
 
 # %% [markdown]
-# It began as good as its teachers and left them behind. Nothing told it a right answer; it had to say it first, if
+# Sampled, it began as good as its teachers and left them behind. (At temperature 0 it was right before: the errors of
+# teachers who err at random cancel, and practice makes a sample as good as their vote.) Nothing told it a right answer;
+# it had to say it first, if
 # only one time in ten. What a model never says cannot be reinforced, which is why chat models are taught before they
 # practise.
 #
@@ -784,7 +793,7 @@ _ = ipywidgets.interact(browse, step=ipywidgets.SelectionSlider(options=sorted(k
 # ## Three algorithms, one budget
 #
 # The same start, the same questions and number of answers, three seeds. REINFORCE updates once a step; GRPO and DAPO
-# use each batch twice, which the clipped ratio makes safe, and so pay twice for learning, not for trying.
+# use each batch twice, which the clipped ratio is meant to make safe, and so pay twice for learning, not for trying.
 
 # %%
 contest = {"reinforce": 1, "grpo": 2, "dapo": 2}
@@ -860,8 +869,8 @@ assert right["format + length"][-1] < 0.5 < right["answer"][-1]
 #
 # An honest reward has the same hole where the questions have one. Of real words, three counts of a letter in four are 1.
 # Practising on such questions, a laptop's chat model unlearned counting in 300 steps: `b 1 u 1 b 1 b 1 l 1 e 1 #### 1`,
-# whatever was asked. Its reward rose from 0.79 to 0.86, and 0.755 of 200 held-out answers were right (0.635 before). That
-# is why lesson 09 deals the questions out evenly (`even_rows`).
+# whatever was asked. Its reward rose from 0.79 to 0.86, and 0.755 of 200 held-out answers were right (0.635 before): the
+# part whose answer is 1. That is why lesson 09 deals the questions out evenly (`even_rows`).
 #
 # ## The command
 #
@@ -1145,7 +1154,8 @@ class Run:
         self.steps = settings.num_iterations
         if self.steps < 0:
             self.steps = max(1, settings.num_epochs * len(self.task) // settings.examples_per_step)
-        self.step = (steps_in(self.directory)[-1:] or [0])[0] if settings.resume else 0
+        saved = steps_in(self.directory)
+        self.step = saved[-1] if settings.resume and saved else 0
         source = {"stage": "sft", "model_tag": folder.name, "step": step}
         self.policy = Policy(settings, runtime, source, self.directory, self.step)
         earlier = self.policy.meta if self.step else {}
@@ -1221,7 +1231,8 @@ def train(run: Run) -> None:
                     print0(f"step {run.step}: the evaluation could not run, training is not affected: {error}")
             if last:
                 return
-            bar.set_postfix_str(f"reward {run.train_step():.3f}", refresh=False)
+            reward = run.train_step()
+            bar.set_postfix_str(f"reward {reward:.3f}", refresh=False)
             bar.update()
             run.stop_if_collapsed()
 

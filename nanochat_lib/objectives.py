@@ -75,7 +75,8 @@ def grpo(logp: Tensor, old_logp: Tensor, reference_logp: Tensor, rewards: Tensor
 def dapo(logp: Tensor, old_logp: Tensor, reference_logp: Tensor, rewards: Tensor, mask: Tensor,
          terms: Terms = Terms(clip_high=0.28)) -> Tensor:
     """DAPO (arXiv 2503.14476): every token alike, so that long answers weigh what they are; more room upwards, so that
-    a rare good token can rise. (Its questions of mixed outcome only: we skip the others, and draw none in their place.)
+    a rare good token can rise. (Questions of mixed outcome only: the others are skipped, and none drawn in their place;
+    there is no penalty for overlong answers.)
     """
     gain = clipped_gain(logp, old_logp, z_scores(rewards), terms) * mask
     return -gain.sum() / max(terms.tokens or mask.sum(), 1)

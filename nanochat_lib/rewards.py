@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat_lib.batch import Completion
+from nanochat_lib.request import Completion
 from nanochat_lib.common import NanochatError
 from nanochat_lib.tasks.common import Task
 

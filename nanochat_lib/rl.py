@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_lib.batch import Completion
+from nanochat_lib.request import Completion
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPT, softcap
 from nanochat_lib.objectives import Terms, group_advantages, kl_to_reference
@@ -239,7 +239,7 @@ def collapsed(history: list[dict[str, float]], patience: int) -> str:
     means = [sum(step["reward"] for step in history[at:at + patience]) / patience
              for at in range(len(history) - patience + 1)]
     best, now = max(means), means[-1]
-    chance = 2 / sum(step["questions"] for step in last) ** 0.5  # twice what a mean of so many coins may be off by
+    chance = 2 / sum(step["questions"] for step in last) ** 0.5  # four standard errors of a mean of coins
     if now < best / 2 and best - now > chance:
         return f"the reward fell from {best:.2f} (steps from {means.index(best)} on) to {now:.2f}"
     return ""

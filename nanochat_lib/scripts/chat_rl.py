@@ -37,7 +37,8 @@ class Run:
         self.steps = settings.num_iterations
         if self.steps < 0:
             self.steps = max(1, settings.num_epochs * len(self.task) // settings.examples_per_step)
-        self.step = (steps_in(self.directory)[-1:] or [0])[0] if settings.resume else 0
+        saved = steps_in(self.directory)
+        self.step = saved[-1] if settings.resume and saved else 0
         source = {"stage": "sft", "model_tag": folder.name, "step": step}
         self.policy = Policy(settings, runtime, source, self.directory, self.step)
         earlier = self.policy.meta if self.step else {}
@@ -111,7 +112,8 @@ def train(run: Run) -> None:
                     print0(f"step {run.step}: the evaluation could not run, training is not affected: {error}")
             if last:
                 return
-            bar.set_postfix_str(f"reward {run.train_step():.3f}", refresh=False)
+            reward = run.train_step()
+            bar.set_postfix_str(f"reward {reward:.3f}", refresh=False)
             bar.update()
             run.stop_if_collapsed()
 
