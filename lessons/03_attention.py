@@ -13,15 +13,15 @@
 # %% [markdown]
 # # 03 · Attention
 #
-# *How does one kernel make attention fast?* — 90 minutes, about one of them computing.
+# *How does one kernel make attention fast?* — 90 minutes, about one of them computing; the exercises take 135 more.
 #
 # Attention is the only place in a transformer where tokens look at each other, and the only one whose cost grows with
 # the square of the text. It is also three lines of PyTorch. This lesson starts from the three lines and ends with the
 # kernels that train the model and let it speak: same numbers, far less memory moved, and no work on keys that a
 # window hides.
 #
-# The way there: a softmax in one pass → tiles → the kernel → its gradient → one query against a cache → the loss,
-# which has the same disease → what a CPU does → who chooses → how fast it is.
+# The way there: a softmax in one pass → tiles → the kernel → its gradient → one query against a cache → the loss, which
+# has the same disease → what the compiler made of them → what a CPU does → who chooses → how fast it is.
 
 # %%
 #| default_exp attention
@@ -356,16 +356,21 @@ _ = axis.legend(fontsize=8)
 # %% [markdown]
 # Three neighbourhoods. The naive formula sits far left of the ridge: at best a seventh of the chip, whatever one
 # does. Flash attention sits right of it, windowed or not, and becomes what a kernel should be: limited by arithmetic.
-# Decoding sits at one operation per byte, and *batching does not move it*, since each row has a cache of its own;
-# only sharing does, among query heads, or among rows that have the same prompt. (A weight matrix is shared by all
-# rows: there the batch helps.) For decoding the whole art is to read at full speed. And the loss has, between its
-# large products, a pass over the logits that does ten operations on each: memory again.
+# Decoding sits at one operation per byte, and *batching does not move it*, since each row has a cache of its own; only
+# query heads that share a key head do. (A weight matrix is shared by all rows: there the batch helps.) For decoding
+# the whole art is to read at full speed. And the loss has, between its large products, a pass over the logits that does
+# ten operations on each: memory again.
 #
 # ## The kernel
 #
-# Triton kernels are Python that is compiled for the GPU: one *program* handles one block of queries of one head, and
-# tensors inside it live in registers and shared memory. Without a GPU, `TRITON_INTERPRET=1` runs the same source
-# with numpy, slowly; it must be set before a kernel is decorated.
+# Triton kernels are Python that is compiled for the GPU. A launch starts a *grid* of *programs*: copies of the kernel
+# that differ in their number alone, which tells each its part of the work, here one block of queries of one head. A
+# program is a few *warps*, groups of 32 threads in step; the *tiles* it works on are small blocks of large tensors,
+# spread over its threads' registers. What threads exchange goes through *shared memory*, 99 to 227 KiB in each of the
+# chip's hundred or so *multiprocessors*, which run the programs, a few at a time.
+#
+# Without a GPU, `TRITON_INTERPRET=1` runs the same source with numpy, slowly; it must be set before a kernel is
+# decorated.
 
 # %%
 triton_here = importlib.util.find_spec("triton") is not None
@@ -396,14 +401,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETING = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy instead of a GPU
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: it is what the hardware has
+LOG2E = tl.constexpr(1.4426950408889634)  # log₂ e
 SIZES = ["T", "H", "KVH", "group", "window"]  # arguments that change often: not compiled anew for each value
 
 # %% [markdown]
-# One tile first: hide what must be hidden, then the running maximum and the rescaling you know. Three details.
+# The hardware's exponential has base 2, and $e^x = 2^{x \log_2 e}$. So kernels multiply `scale` by $\log_2 e$ once and
+# use `exp2`: running maxima are in units of $\log 2$, and a logsumexp is divided by $\log_2 e$ when it is stored.
+#
+# One tile first: hide what must be hidden, then the running maximum and the rescaling you know. Two details.
 #
 # - Most tiles lie wholly between diagonal and window, and there nothing is compared: one `if` on the tile's corners.
-# - `scores * scale - top` is a single multiply-add, with the log₂ e of base 2 in `scale`.
 # - A row at a window's left edge may see nothing of a tile. Its maximum then stays at the −10³⁰ it started with
 #   rather than −∞, since −∞ − (−∞) is not a number.
 
@@ -428,11 +435,9 @@ def softmax_tile(scores, total, top, start, key, window, scale, BLOCK_M: tl.cons
 
 # %% [markdown]
 # Who does what, and in which order? Programs start in the order of their numbers. Late rows see most keys, so the
-# longest blocks should start first, or the chip ends up waiting for one that began late. To order each head's blocks
-# is not enough: the last head's longest block would still begin when the others are nearly done. To order all heads'
-# blocks would set all their keys competing for the cache. So sixteen heads go side by side, the longest blocks of all
-# sixteen first. On an H200 this order alone took forward from 0.81 and 0.79 of cuDNN's speed (T = 2,048 and 8,192,
-# kernels alone) to 0.86 and 0.86; four heads gave 0.81 and 0.84, thirty-two 0.88 and 0.85.
+# longest blocks should start first, or the chip ends up waiting for one that began late. In all heads at once, their
+# keys would compete for the cache; so sixteen heads go side by side, which on an H200 is 6 to 9 % faster than head by
+# head.
 
 # %%
 #| export kernels/flash_attention
@@ -440,11 +445,11 @@ BUNCH = tl.constexpr(16)  # heads whose programs run side by side
 
 
 @triton.jit
-def share_of_work():
-    """(block, line) of this program on a grid of (blocks, lines): a bunch of lines together, block 0 of each first."""
-    blocks, number = tl.num_programs(0), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+def share_of_work(blocks):
+    """(block, line) of this program, one of lines · blocks: a bunch of lines together, block 0 of each first."""
+    number, lines = tl.program_id(0), tl.num_programs(0) // blocks
     first = number // (BUNCH * blocks) * BUNCH
-    width = tl.minimum(tl.num_programs(1) - first, BUNCH)  # the last bunch may be a smaller one
+    width = tl.minimum(lines - first, BUNCH)  # the last bunch may be a smaller one
     rest = number - first * blocks
     return rest // width, first + rest % width
 
@@ -453,13 +458,10 @@ def share_of_work():
 # lies, its shape and strides), `load` names a tile's corner, and what lies past the end reads as zero, so no load
 # needs a mask. `head // group` is all there is to grouped queries: no copy of the keys is made.
 #
-# Tensor cores idle while a program does its softmax, unless a second program is there to use them. So the tiles are
-# chosen such that two programs fit on a multiprocessor: 128 queries by 64 keys for four warps take nearly all 255
-# registers that a thread can have, and 96 KiB of the 227 of shared memory. On an H200 (bfloat16, 16 heads of 128,
-# 16K tokens) that is 0.31 ms at T = 2,048 and 1.03 at 8,192, 0.84 and 0.88 of cuDNN's speed. What was tried and lost,
-# at T = 8,192 and in one run: one program of eight warps (12 % slower), and issuing a tile's second product one turn
-# late, in the shadow of the next softmax, as FlashAttention-3 does (12 % too: it costs the registers of the second
-# program). Two loops, one for the tiles that need no mask and one for the diagonal, would win 1 to 2 %.
+# Tensor cores idle while a program does its softmax, unless a second program is there to use them, so the tiles are
+# such that two fit on a multiprocessor: 128 queries by 64 keys for four warps take nearly all 255 registers that a
+# thread can have, and 96 KiB of the 227 of shared memory. On an H200 (bfloat16, 16 heads of 128, 16K tokens) that is
+# 0.84 of cuDNN's speed at T = 2,048 and 0.88 at 8,192; one program of eight warps would be 12 % slower.
 
 # %%
 #| export kernels/flash_attention
@@ -467,8 +469,9 @@ def share_of_work():
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
                    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
-    block, line = share_of_work()
-    start = (tl.num_programs(0) - 1 - block) * BLOCK_M  # the longest rows first
+    blocks = tl.cdiv(T, BLOCK_M)
+    block, line = share_of_work(blocks)
+    start = (blocks - 1 - block) * BLOCK_M  # the longest rows first
     batch, head = line // H, line % H
     kv_head = head // group
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
@@ -491,8 +494,8 @@ def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, s
 # %% [markdown]
 # Around a kernel: tile sizes, descriptors, the launch. Sizes were chosen by trial on an H200: large tiles read keys
 # less often, but a thread has 255 registers, and a kernel that wants more is slow. It is registered with PyTorch as
-# an operator of its own; `torch.compile` puts the call into its graph without looking inside. For that it needs to
-# know the result's shape (`register_fake`), and later the gradient.
+# an operator of its own (`custom_op`), whose call `torch.compile` puts into its graph without looking inside. For that
+# it needs to know the result's shape (`register_fake`), and later the gradient.
 
 # %%
 #| export kernels/flash_attention
@@ -505,7 +508,7 @@ SETTINGS = {  # head dimension → BLOCK_M, BLOCK_N, num_warps, num_stages; two-
 SMALL = {  # chips with less shared memory, whose tensor cores take their numbers from registers
     "forward": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     "dq": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "dkdv": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "dkdv": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
 }
 
 
@@ -553,8 +556,8 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     rest, M, N = launch_settings("forward", q, window)
-    forward_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M), lse,
-                                             T, H, H // k.size(2), window, LOG2E.value / D**0.5, **rest)
+    forward_kernel[triton.cdiv(T, M) * B * H,](describe(q, M), describe(k, N), describe(v, N), describe(out, M), lse,
+                                               T, H, H // k.size(2), window, LOG2E.value / D**0.5, **rest)
     return out, lse
 
 
@@ -576,7 +579,7 @@ if triton_here:
         torch.testing.assert_close(result, reference_attention(q, k, v, window), rtol=1e-4, atol=1e-5)
     v[:, :128] = torch.nan
     result, _ = flash_forward(q, k, v, 40)
-    assert result[:, 256:].isfinite().all()  # the last block starts at 256 and sees keys from 216 on
+    assert result[:, 256:].isfinite().all()  # keys from 216 on, in tiles that begin behind 128
 
 # %% [markdown]
 # ## Backward: recompute, do not remember
@@ -616,8 +619,7 @@ for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None],
 # block of queries walks over key tiles, as in forward. $dk_j$ and $dv_j$ are sums over queries: a program that owns a
 # block of keys walks over query tiles. One kernel could do both and recompute once, but then many programs add to the
 # same $dq$, in whatever order they finish: the last bits would differ from run to run. Two kernels do seven products
-# instead of five, and every number has one writer. (On the same H200: 0.90 ms at T = 2,048 and 3.07 at 8,192, which
-# is 0.93 and 0.85 of cuDNN's speed.)
+# instead of five, and every number has one writer. (On the H200 that is 0.93 and 0.85 of cuDNN's speed.)
 
 # %%
 #| export kernels/flash_attention
@@ -625,8 +627,9 @@ for axis, (name, values) in zip(axes, {"p": p, "dp − δ": dp - delta[:, None],
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
               D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
-    block, number = share_of_work()
-    start = (tl.num_programs(0) - 1 - block) * BLOCK_M
+    blocks = tl.cdiv(T, BLOCK_M)
+    block, number = share_of_work(blocks)
+    start = (blocks - 1 - block) * BLOCK_M
     batch, head = number // H, number % H
     kv_head = head // group
     rows = start + tl.arange(0, BLOCK_M)
@@ -665,8 +668,9 @@ def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, 
 def dkdv_kernel(q_all, k_all, v_all, do_all, dk_all, dv_all, lse_all, delta_all, T, KVH, group, window, scale, factor,
                 D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one block of keys of one key head, from all heads of its group."""
-    start = tl.program_id(0) * BLOCK_N  # the first keys are seen by most: longest first again
-    batch, kv_head = tl.program_id(1) // KVH, tl.program_id(1) % KVH
+    blocks = tl.cdiv(T, BLOCK_N)
+    start = tl.program_id(0) % blocks * BLOCK_N  # the first keys are seen by most: longest first again
+    batch, kv_head = tl.program_id(0) // blocks // KVH, tl.program_id(0) // blocks % KVH
     keys = start + tl.arange(0, BLOCK_N)
     k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
     v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
@@ -706,11 +710,11 @@ def flash_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torc
     delta = torch.empty_like(lse)
     numbers = H // KVH, window, LOG2E.value / D**0.5, D**-0.5
     rest, M, N = launch_settings("dq", q, window)
-    dq_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M),
-                                        describe(grad, M), describe(dq, M), lse, delta, T, H, *numbers, **rest)
+    dq_kernel[triton.cdiv(T, M) * B * H,](describe(q, M), describe(k, N), describe(v, N), describe(out, M),
+                                          describe(grad, M), describe(dq, M), lse, delta, T, H, *numbers, **rest)
     rest, M, N = launch_settings("dkdv", q, window)
-    dkdv_kernel[triton.cdiv(T, N), B * KVH](describe(q, M), describe(k, N), describe(v, N), describe(grad, M),
-                                            describe(dk, N), describe(dv, N), lse, delta, T, KVH, *numbers, **rest)
+    dkdv_kernel[triton.cdiv(T, N) * B * KVH,](describe(q, M), describe(k, N), describe(v, N), describe(grad, M),
+                                              describe(dk, N), describe(dv, N), lse, delta, T, KVH, *numbers, **rest)
     return dq, dk, dv
 
 
@@ -756,7 +760,8 @@ def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
     # float32 with 128 dimensions is right, but its backward spills: no case here, and no way to train fast
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dq windowed": dq_kernel, "dkdv": dkdv_kernel}
-    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float32, "fp32", (64,))):
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float16, "fp16", (128,)),
+                              (torch.float32, "fp32", (64,))):
         for D, (label, kernel) in itertools.product(dims, kernels.items()):
             name, *windowed = label.split()
             sizes = settings(name, D, dtype, capability, bool(windowed))
@@ -794,8 +799,9 @@ if triton_here:
 # So the tensor cores may idle, but the *memory* may not, and here the flash kernel fails: one block of queries
 # per head and row means 16 programs for a chat of one with 16 heads, on a chip with 132 multiprocessors. The keys
 # themselves must be divided. Each part of a row's keys becomes a program (Flash-Decoding, Dao et al., 2023) that
-# leaves its own softmax: output $o_p$ and logsumexp $\ell_p$. A second small kernel puts the parts together,
-# with the rescaling you know: $o = \sum_p e^{\ell_p - \ell}\, o_p$, $\;\ell = \ln\sum_p e^{\ell_p}$.
+# leaves its own softmax: output $o_p$ and logsumexp $\mathrm{lse}_p$. A second small kernel puts the parts together,
+# with the rescaling you know: $o = \sum_p e^{\mathrm{lse}_p - \mathrm{lse}}\, o_p$, where
+# $\mathrm{lse} = \ln\sum_p e^{\mathrm{lse}_p}$.
 
 # %%
 def shares(length, parts, tile=64, window=None):
@@ -820,8 +826,8 @@ _ = axes[0].set(ylabel="row of the batch")
 #
 # The inner loop is flash attention's, with two differences. A tile of scores has one line for each query head that
 # shares the key head, since each key that was read should be used for all of them. And a key's place in the text is not
-# its place in the cache (`offset`), because several rows may share the cache of one prompt: sixteen answers to
-# one question need the question's keys once.
+# its place in the cache (`offset`), because several rows may share the cache of one prompt: for sixteen answers to one
+# question the question's keys are *kept* once. They are still read for each row: what is saved is room.
 
 # %%
 #| export kernels/decoding
@@ -941,7 +947,7 @@ def combine_kernel(part, part_lse, out, parts, kv_heads, queries, group, D: tl.c
 # %% [markdown]
 # How many parts? Enough that every multiprocessor has a few programs, and no more, since each part costs a line to
 # write and to read. At batch 64 with 16 key heads there are 1,024 programs without any split. (There the kernel reads
-# 2,048 tokens a row at 4,121 GB/s on an H200, where a copy moves 4,227.)
+# 2,048 tokens a row at 4,067 GB/s on an H200, where a copy moves 4,253.)
 
 # %%
 #| export kernels/decoding
@@ -956,11 +962,12 @@ def decoding_settings(head_dim: int, dtype: torch.dtype, queries: int) -> dict[s
     rows = max(16, triton.next_power_of_2(queries))
     if dtype == torch.float32:
         return dict(BLOCK_M=rows, BLOCK_N=32, num_warps=4, num_stages=2)
-    return dict(BLOCK_M=rows, BLOCK_N=64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
+    keys, stages = (64, 3) if head_dim <= 128 else (32, 2)  # at most 99 KiB where that is all there is
+    return dict(BLOCK_M=rows, BLOCK_N=keys, num_warps=4 if rows <= 32 else 8, num_stages=stages)
 
 
 def count_parts(programs: int, keys: int, tile: int, device: torch.device) -> int:
-    """Into how many parts to cut a row's keys: a power of two; a few programs a multiprocessor, of two tiles or more."""
+    """Parts of a row's keys: a power of two, for a few programs a multiprocessor, of two tiles or more each."""
     parts = 1
     while parts < 128 and programs * parts < 4 * processors(device) and keys > 2 * parts * tile:
         parts *= 2
@@ -985,7 +992,8 @@ def decode_parts(launch, q, k, v, lengths, window, prompt_k, prompt_v, prompt_le
     return out
 
 # %% [markdown]
-# `triton_op` lets `torch.compile` look inside and see two kernels.
+# This operator is a `triton_op`, which `torch.compile` does look into: it sees two kernels and calls them itself, and a
+# step of a few microseconds is spared the way through an operator. (Flash attention takes long enough to hide it.)
 
 # %%
 #| export kernels/decoding
@@ -1013,16 +1021,20 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     `lengths` (B,) counts each row's tokens before this call; the caches hold the new ones behind them. A query sees
     itself and `window` keys before it (None: all). Rows may share prompts: `prompts` = (k, v, lengths, owners), caches
     (P, capacity, KVH, D), the tokens of each prompt (P,), and the prompt of each row (B,); a row's first tokens are its
-    prompt's, and its own cache starts behind them. Returns (B, T, H, D). No gradient. ValueError: no such kernel.
+    prompt's, and its own cache starts behind them. Returns (B, T, H, D). ValueError: no such kernel. There is no
+    gradient: to ask for one is a RuntimeError.
     """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(prompts or ())[:2])):
+        raise RuntimeError("decoding attention has no gradient: call it under torch.no_grad(), or train with attention")
     B, T, H, D = q.shape
     if k.shape != v.shape or k.size(0) != B or k.size(3) != D or H % k.size(2) or lengths.shape != (B,):
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
                          f"lengths {tuple(lengths.shape)}")
     queries, size = T * (H // k.size(2)), q.element_size()
-    if D not in HEAD_DIMS or D * size > 512 or q.dtype not in DTYPES or queries > MAX_QUERIES[size]:
-        raise ValueError(f"{q.dtype} heads of {D}, {queries} queries a key head: the kernel takes heads of "
-                         f"{HEAD_DIMS}, 512 bytes at most, in {DTYPES}, and {MAX_QUERIES} queries by bytes of a number")
+    if D not in HEAD_DIMS or D * size > 512 or q.dtype not in DTYPES:
+        raise ValueError(f"{q.dtype} heads of {D}: the kernel takes {HEAD_DIMS}, 512 bytes at most, in {DTYPES}")
+    if queries > MAX_QUERIES[size]:  # no number that differs from call to call: who goes another way says so once
+        raise ValueError(f"more than {MAX_QUERIES[size]} queries, tokens × heads, to a key head in {q.dtype}")
     prompt_k, prompt_v, prompt_lengths, owners = prompts or (None, None, None, None)
     tensors = [q, k, v, prompt_k, prompt_v]
     if INTERPRETING and q.dtype == torch.bfloat16:  # the interpreter is silently wrong in bfloat16
@@ -1041,7 +1053,7 @@ def compile_cases(capability: int):
     strides = {f"{x}_{axis}": "i32:16" for x in ("q", "k", "v", "pk", "pv") for axis in ("batch", "token", "head")}
     prompts = ("prompt_k", "prompt_v", "prompt_lengths", "owners")
     for kind, D, queries, shared in (("bf16", 128, 1, False), ("bf16", 128, 64, True), ("bf16", 256, 64, True),
-                                     ("fp32", 128, 16, True)):
+                                     ("fp16", 128, 64, True), ("fp32", 128, 16, True)):
         sizes = decoding_settings(D, torch.float32 if kind == "fp32" else torch.bfloat16, queries)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         types = {**dict.fromkeys(("q", "k", "v", "prompt_k", "prompt_v"), f"*{kind}"), "part": "*fp32",
@@ -1116,8 +1128,8 @@ for axis in axes:
 # overwrite the logits by their gradient; multiply twice more, for the gradient of the hidden states and for the chunk's
 # part of the weight's. The arithmetic is the same as before (three products, nearly all of it, stay with the vendor's
 # library), and one small buffer is used again and again. The gradient is thus ready before backward begins, up to the
-# factor by which the mean divides. For this batch an H200 takes 8,192 MiB and 19.1 ms with the three lines, 1,168 MiB
-# and 8.0 ms with the three lines compiled, 592 MiB and 7.7 ms in chunks.
+# factor by which the mean divides. For this batch an H200 takes 8,192 MiB and 19.4 ms with the three lines, 1,168 MiB
+# and 8.3 ms with the three lines compiled, 592 MiB and 8.1 ms in chunks.
 #
 # The pass is our kernel: one program a row. Bent logits cannot exceed 15, so $e^z$ cannot overflow and no maximum is
 # sought first.
@@ -1210,7 +1222,7 @@ def softcap_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
 
 def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
-    for kind in ("bf16", "fp32"):
+    for kind in ("bf16", "fp16", "fp32"):
         sizes = loss_settings(1 << 15)
         options = {"num_warps": sizes.pop("num_warps")}
         types = {"logits": f"*{kind}", "targets": "*i64", "losses": "*fp32", "row_stride": "i32:16", "cap": "fp32"}
@@ -1368,7 +1380,8 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ca
 def keeps(x: Tensor, vocab_size: int, gradient: bool) -> bool:
     return gradient and len(x) * vocab_size <= limit(x.device)
 
-
+# %%
+#| export loss
 @torch.library.custom_op("nanochat::token_losses_backward", mutates_args=())
 def token_losses_backward(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float, kept: Tensor,
                           factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -1446,15 +1459,16 @@ if triton_here and not torch.cuda.is_available():  # the kernel, interpreted
 # A kernel that is right can still be slow for a reason that no test of numbers shows: a program's tensors need more
 # registers than a thread has (255), and the rest *spills* to memory; or its tiles need more shared memory than the chip
 # has, and it does not start at all. The compiler says both, and it needs no GPU to do so: `compile_check`
-# builds every kernel as it is launched, for three generations of chips, and reads the machine code's own numbers.
+# builds every kernel as it is launched, for four generations of chips, and reads the machine code's own numbers.
 
 # %%
 #| export kernels/compile_check
 #| cli compile_check
-"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory on sm_80, sm_90 and sm_100.
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory on sm_80 to sm_120.
 
     python -m nanochat_lib.kernels.compile_check                       # every kernel of nanochat_lib/kernels
-    python -m nanochat_lib.kernels.compile_check --modules flash_attention --chips 90 --json build/kernels.json
+    python -m nanochat_lib.kernels.compile_check --modules flash_attention --chips 90
+    python -m nanochat_lib.kernels.compile_check --json docs/kernels_compiled.json     # record them (a test compares)
 
 Fails if a kernel spills registers to memory, wants more shared memory than the chip has, or has products serialized.
 """
@@ -1474,9 +1488,12 @@ from pathlib import Path
 
 from nanochat_lib.common import NanochatError, run_cli, write_json
 
-CHIPS = {80: 163, 90: 227, 100: 227}  # compute capability × 10 → KiB of shared memory that one block may have
+# Compute capability × 10 → KiB of shared memory that a program may have. 80 stands for 8.6 and 8.9 (RTX 30 and 40, L4),
+# too, which take its settings: 99, though an A100 has 163. 120 is the RTX 50.
+CHIPS = {80: 99, 90: 227, 100: 227, 120: 99}
 
-
+# %%
+#| export kernels/compile_check
 def modules() -> list[str]:
     """Modules beside this one that say what they launch, by a function compile_cases(capability)."""
     here = Path(__file__).parent
@@ -1582,7 +1599,7 @@ def compile_check(settings: Settings) -> None:
     print(table(rows))
     if settings.json:
         settings.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(settings.json, rows)
+        write_json(settings.json, {"triton": importlib.import_module("triton").__version__, "rows": rows})
     if bad := sum(bool(row["fault"]) for row in rows):
         raise NanochatError(f"{bad} of {len(rows)} kernels cannot stay as they are: choose other sizes in their module")
 
@@ -1747,7 +1764,7 @@ from nanochat_lib.plain_attention import BandAttention, blocked_attention, refer
 
 CHOICES = ("reference", "sdpa", "flex", "triton")
 HEAD_DIMS = (32, 64, 128, 256)  # that our kernels take
-FAILED: set[str] = set()  # ways that raised on this machine
+FAILED: set[str] = set()  # of "flex", "triton" and "decoding", those that raised on this machine
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -1766,8 +1783,29 @@ def wanted() -> str:
     return name
 
 
-def lacks(way: str, device: str, heads: str, dtype: torch.dtype) -> str:
-    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; "" if it can. `heads`: size()."""
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
+
+# %%
+#| export
+@functools.cache
+def fault(device: str, dtype: torch.dtype, D: int, full: bool) -> str:
+    """Why our kernel cannot train here, "" if it can: both passes over a few tokens, tried once."""
+    try:
+        q = torch.ones(1, 4, 1, D, device=device, dtype=dtype, requires_grad=True)
+        torch.autograd.grad(triton_attention(q, q, q, None if full else 1).sum(), q)[0].cpu()
+    except Exception as error:  # no compiler, a driver too old, too little memory on the chip…
+        reason = f"{dtype} heads of {D}: {first_line(error)}"
+        notice(f"triton not used: {reason}")
+        return reason
+    return ""
+
+
+def lacks(way: str, device: str, D: int, dtype: torch.dtype, full: bool = False, train: bool = False) -> str:
+    """Why `way` cannot serve on a "cpu", "cuda" or "mps" device; "" if it can.
+
+    `way`: "flex", "triton" or "decoding"; `D`: head_dim(q); `full`: the window hides no key; `train`: with a gradient.
+    """
     if way in FAILED:
         return "it failed before"
     if not HAVE_TRITON:
@@ -1775,26 +1813,27 @@ def lacks(way: str, device: str, heads: str, dtype: torch.dtype) -> str:
     on_ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if not on_ampere and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
         return "it needs a CUDA GPU of compute capability 8.0 or later"
-    if not heads:
+    if not D:
         return f"the head dimension is none of {', '.join(map(str, HEAD_DIMS))}"
-    if way == "triton" and heads == "large" and dtype == torch.float32 and device == "cuda":
+    if way == "triton" and D > 64 and dtype == torch.float32 and device == "cuda":
         return "float32 heads above 64 do not fit a thread's registers"
-    return ""
+    return fault(device, dtype, D, full) if way == "triton" and train else ""
 
 # %% [markdown]
 # The choice looks at nothing but a few facts, never at numbers. So a compiler that traces the model may make it once,
-# while tracing (`assume_constant_result`), notice and all.
+# while tracing (`assume_constant_result`), notice and all; a trial of our kernel, too, before it is trusted with a
+# gradient: once it is part of a graph, or called by backward, nothing could catch what it raises.
 
 # %%
 #| export
 @torch.compiler.assume_constant_result
-def choose(device: str, dtype: torch.dtype, heads: str, full: bool, short: bool, compiling: bool) -> str:
-    """The way for one layer. `heads`: size(q); `full`: the window hides no key; `short`: T ≤ two windows."""
+def choose(device: str, dtype: torch.dtype, D: int, full: bool, short: bool, compiling: bool, train: bool) -> str:
+    """The way for one layer. `short`: T ≤ two windows; `compiling`: by torch.compile; the others as in `lacks`."""
     want = wanted()
     if want == "reference":
         return want
     if want in ("flex", "triton"):
-        if not (reason := lacks(want, device, heads, dtype)):
+        if not (reason := lacks(want, device, D, dtype, full, train)):
             return want
         notice(f"{want} not used: {reason}")
     if full:
@@ -1804,7 +1843,7 @@ def choose(device: str, dtype: torch.dtype, heads: str, full: bool, short: bool,
         return "blocks" if plain or short else "band"
     if device == "cuda" and not want:
         for way in ("triton", "flex"):
-            if not (reason := lacks(way, device, heads, dtype)):
+            if not (reason := lacks(way, device, D, dtype, full, train)):
                 return way
         notice(f"windows are a mask here, which saves no time: {reason}")
     return "sdpa"
@@ -1815,9 +1854,12 @@ def yes(condition: bool) -> bool:
     return True if condition else False
 
 
-def size(q: torch.Tensor) -> str:
-    """Of the heads of q: "small" (up to 64), "large", or "" for dimensions that our kernels do not take."""
-    return ("large" if q.size(3) > 64 else "small") if q.size(3) in HEAD_DIMS else ""
+def head_dim(q: torch.Tensor) -> int:
+    """Of q, as a constant; 0 if it is none that our kernels take."""
+    for D in HEAD_DIMS:
+        if q.size(3) == D:
+            return D
+    return 0
 
 
 def backend(q: torch.Tensor, window: int | None = None) -> str:
@@ -1828,7 +1870,8 @@ def backend(q: torch.Tensor, window: int | None = None) -> str:
     T = q.size(1)
     full = yes(window is None or window >= T - 1)
     short = yes(not full and T <= 2 * window)
-    return choose(q.device.type, q.dtype, size(q), full, short, torch.compiler.is_compiling())
+    train, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    return choose(q.device.type, q.dtype, head_dim(q), full, short, compiling, train)
 
 # %%
 #| export
@@ -1860,7 +1903,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | N
 def give_up(way: str, error: Exception) -> None:
     """Remember that a way raised, and say so."""
     FAILED.add(way)
-    notice(f"{way} failed, going on with sdpa: {(str(error).splitlines() or [repr(error)])[0]}")
+    notice(f"{way} failed, going on with sdpa: {first_line(error)}")
 
 # %%
 #| export
@@ -1944,12 +1987,12 @@ _ = plt.legend()
 # %%
 #| export
 @torch.compiler.assume_constant_result
-def decoding_backend(device: str, heads: str) -> str:
+def decoding_backend(device: str, D: int) -> str:
     """The way `cached_attention` takes: "reference", "sdpa", or "triton", our kernel, the default on CUDA."""
     want = wanted()
     if want not in ("", "triton") or (not want and device != "cuda"):
         return "reference" if want == "reference" else "sdpa"
-    if reason := lacks("triton", device, heads and "small", torch.float32):  # one query needs few registers
+    if reason := lacks("decoding", device, D, torch.float32):
         notice(f"triton not used for decoding: {reason}")
     return "sdpa" if reason else "triton"
 
@@ -1961,7 +2004,8 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Ten
 
     return decode_attention(q, k, v, lengths, window)
 
-
+# %%
+#| export
 @torch.no_grad()
 def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor,
                      window: int | None = None) -> torch.Tensor:
@@ -1973,16 +2017,16 @@ def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     T = q.size(1)
     if T > 1 and not lengths.any():  # a fresh prompt: plain causal attention
         return attention(q, k[:, :T], v[:, :T], window)
-    way = decoding_backend(q.device.type, size(q))
+    way = decoding_backend(q.device.type, head_dim(q))
     if way == "reference":
         return reference_attention(q, k, v, window, lengths)
     if way == "triton":
         try:
             return decode(q, k, v, lengths, window)
-        except ValueError:  # too many new tokens at once, or heads that the kernel does not take
-            pass
+        except ValueError as error:  # too many new tokens at once, or heads that the kernel does not take
+            notice(f"triton not used for decoding: {error}")
         except Exception as error:
-            give_up(way, error)
+            give_up("decoding", error)
     first, end = 0, k.size(1)
     if lengths.device.type == "cpu":  # reading lengths is free: leave out keys that no row sees
         end = min(end, int(lengths.max()) + T)
@@ -2362,7 +2406,8 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     parts = list(dict.fromkeys(row["part"] for row in shown))
     columns = max(1, min(3, len(parts)))
     lines = max(1, -(-len(parts) // columns))
-    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained",
+                                squeeze=False)
     for axis in axes.flat[len(parts):]:
         axis.axis("off")
     for axis, part in zip(axes.flat, parts):
@@ -2442,7 +2487,8 @@ def show_promises(title, rows):
 
 
 if docs:
-    show_promises(f"{found['chip']}, {found['date']}, torch {found['torch']}, triton {found['triton']}", found["targets"])
+    card = f"{found['chip']}, {found['date']}, torch {found['torch']}, triton {found['triton']}"
+    show_promises(card, found["targets"])
     display(Image(docs[0].with_suffix(".png")))
 
 # %% [markdown]

@@ -17,7 +17,7 @@ from nanochat_lib.plain_attention import BandAttention, blocked_attention, refer
 
 CHOICES = ("reference", "sdpa", "flex", "triton")
 HEAD_DIMS = (32, 64, 128, 256)  # that our kernels take
-FAILED: set[str] = set()  # ways that raised on this machine
+FAILED: set[str] = set()  # of "flex", "triton" and "decoding", those that raised on this machine
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -36,8 +36,28 @@ def wanted() -> str:
     return name
 
 
-def lacks(way: str, device: str, heads: str, dtype: torch.dtype) -> str:
-    """Why `way` ("flex" or "triton") cannot serve on a "cpu", "cuda" or "mps" device; "" if it can. `heads`: size()."""
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+@functools.cache
+def fault(device: str, dtype: torch.dtype, D: int, full: bool) -> str:
+    """Why our kernel cannot train here, "" if it can: both passes over a few tokens, tried once."""
+    try:
+        q = torch.ones(1, 4, 1, D, device=device, dtype=dtype, requires_grad=True)
+        torch.autograd.grad(triton_attention(q, q, q, None if full else 1).sum(), q)[0].cpu()
+    except Exception as error:  # no compiler, a driver too old, too little memory on the chip…
+        reason = f"{dtype} heads of {D}: {first_line(error)}"
+        notice(f"triton not used: {reason}")
+        return reason
+    return ""
+
+
+def lacks(way: str, device: str, D: int, dtype: torch.dtype, full: bool = False, train: bool = False) -> str:
+    """Why `way` cannot serve on a "cpu", "cuda" or "mps" device; "" if it can.
+
+    `way`: "flex", "triton" or "decoding"; `D`: head_dim(q); `full`: the window hides no key; `train`: with a gradient.
+    """
     if way in FAILED:
         return "it failed before"
     if not HAVE_TRITON:
@@ -45,21 +65,21 @@ def lacks(way: str, device: str, heads: str, dtype: torch.dtype) -> str:
     on_ampere = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if not on_ampere and (way == "flex" or os.environ.get("TRITON_INTERPRET") != "1"):
         return "it needs a CUDA GPU of compute capability 8.0 or later"
-    if not heads:
+    if not D:
         return f"the head dimension is none of {', '.join(map(str, HEAD_DIMS))}"
-    if way == "triton" and heads == "large" and dtype == torch.float32 and device == "cuda":
+    if way == "triton" and D > 64 and dtype == torch.float32 and device == "cuda":
         return "float32 heads above 64 do not fit a thread's registers"
-    return ""
+    return fault(device, dtype, D, full) if way == "triton" and train else ""
 
 
 @torch.compiler.assume_constant_result
-def choose(device: str, dtype: torch.dtype, heads: str, full: bool, short: bool, compiling: bool) -> str:
-    """The way for one layer. `heads`: size(q); `full`: the window hides no key; `short`: T ≤ two windows."""
+def choose(device: str, dtype: torch.dtype, D: int, full: bool, short: bool, compiling: bool, train: bool) -> str:
+    """The way for one layer. `short`: T ≤ two windows; `compiling`: by torch.compile; the others as in `lacks`."""
     want = wanted()
     if want == "reference":
         return want
     if want in ("flex", "triton"):
-        if not (reason := lacks(want, device, heads, dtype)):
+        if not (reason := lacks(want, device, D, dtype, full, train)):
             return want
         notice(f"{want} not used: {reason}")
     if full:
@@ -69,7 +89,7 @@ def choose(device: str, dtype: torch.dtype, heads: str, full: bool, short: bool,
         return "blocks" if plain or short else "band"
     if device == "cuda" and not want:
         for way in ("triton", "flex"):
-            if not (reason := lacks(way, device, heads, dtype)):
+            if not (reason := lacks(way, device, D, dtype, full, train)):
                 return way
         notice(f"windows are a mask here, which saves no time: {reason}")
     return "sdpa"
@@ -80,9 +100,12 @@ def yes(condition: bool) -> bool:
     return True if condition else False
 
 
-def size(q: torch.Tensor) -> str:
-    """Of the heads of q: "small" (up to 64), "large", or "" for dimensions that our kernels do not take."""
-    return ("large" if q.size(3) > 64 else "small") if q.size(3) in HEAD_DIMS else ""
+def head_dim(q: torch.Tensor) -> int:
+    """Of q, as a constant; 0 if it is none that our kernels take."""
+    for D in HEAD_DIMS:
+        if q.size(3) == D:
+            return D
+    return 0
 
 
 def backend(q: torch.Tensor, window: int | None = None) -> str:
@@ -93,7 +116,8 @@ def backend(q: torch.Tensor, window: int | None = None) -> str:
     T = q.size(1)
     full = yes(window is None or window >= T - 1)
     short = yes(not full and T <= 2 * window)
-    return choose(q.device.type, q.dtype, size(q), full, short, torch.compiler.is_compiling())
+    train, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    return choose(q.device.type, q.dtype, head_dim(q), full, short, compiling, train)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -124,7 +148,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | N
 def give_up(way: str, error: Exception) -> None:
     """Remember that a way raised, and say so."""
     FAILED.add(way)
-    notice(f"{way} failed, going on with sdpa: {(str(error).splitlines() or [repr(error)])[0]}")
+    notice(f"{way} failed, going on with sdpa: {first_line(error)}")
 
 
 def triton_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -164,12 +188,12 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None =
 
 
 @torch.compiler.assume_constant_result
-def decoding_backend(device: str, heads: str) -> str:
+def decoding_backend(device: str, D: int) -> str:
     """The way `cached_attention` takes: "reference", "sdpa", or "triton", our kernel, the default on CUDA."""
     want = wanted()
     if want not in ("", "triton") or (not want and device != "cuda"):
         return "reference" if want == "reference" else "sdpa"
-    if reason := lacks("triton", device, heads and "small", torch.float32):  # one query needs few registers
+    if reason := lacks("decoding", device, D, torch.float32):
         notice(f"triton not used for decoding: {reason}")
     return "sdpa" if reason else "triton"
 
@@ -193,16 +217,16 @@ def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     T = q.size(1)
     if T > 1 and not lengths.any():  # a fresh prompt: plain causal attention
         return attention(q, k[:, :T], v[:, :T], window)
-    way = decoding_backend(q.device.type, size(q))
+    way = decoding_backend(q.device.type, head_dim(q))
     if way == "reference":
         return reference_attention(q, k, v, window, lengths)
     if way == "triton":
         try:
             return decode(q, k, v, lengths, window)
-        except ValueError:  # too many new tokens at once, or heads that the kernel does not take
-            pass
+        except ValueError as error:  # too many new tokens at once, or heads that the kernel does not take
+            notice(f"triton not used for decoding: {error}")
         except Exception as error:
-            give_up(way, error)
+            give_up("decoding", error)
     first, end = 0, k.size(1)
     if lengths.device.type == "cpu":  # reading lengths is free: leave out keys that no row sees
         end = min(end, int(lengths.max()) + T)

@@ -157,9 +157,10 @@ check.key_gradients(key_gradients)
 #
 # difficulty 3/5 · importance 4/5 · 20 minutes
 #
-# What the loss kernel writes over its logits. The loss is the mean, over the tokens that count, of the cross entropy (in
-# nats) of the bent logits $y = c \tanh(x / c)$; a target of −1 does not count. Give its gradient by the raw logits $x$. No
-# autograd.
+# The loss kernel writes over each line of logits the gradient of that token's own loss; the mean's factor comes later.
+# Here the loss is the mean, over the tokens that count, of the cross entropy (in nats) of the bent logits
+# $y = c \tanh(x / c)$, so each line is divided by their number; a target of −1 does not count. Give its gradient by the
+# raw logits $x$. No autograd.
 
 # %%
 def loss_gradient(logits, targets, cap=15.0):

@@ -53,7 +53,7 @@ def all_at_once(tiles):
     (softmax(natural=False), "natural logarithm"),
     (softmax(hidden=False), "all −∞"),
     (no_maximum, "overflow"),
-    (all_at_once, "Two equal scores"),
+    (all_at_once, "Tiles were kept"),
 ])
 def test_wrong_softmax(answer, sentence, base_dir):
     expect_wrong(check.online_softmax, answer, sentence)

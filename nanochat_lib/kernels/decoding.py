@@ -118,11 +118,12 @@ def decoding_settings(head_dim: int, dtype: torch.dtype, queries: int) -> dict[s
     rows = max(16, triton.next_power_of_2(queries))
     if dtype == torch.float32:
         return dict(BLOCK_M=rows, BLOCK_N=32, num_warps=4, num_stages=2)
-    return dict(BLOCK_M=rows, BLOCK_N=64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
+    keys, stages = (64, 3) if head_dim <= 128 else (32, 2)  # at most 99 KiB where that is all there is
+    return dict(BLOCK_M=rows, BLOCK_N=keys, num_warps=4 if rows <= 32 else 8, num_stages=stages)
 
 
 def count_parts(programs: int, keys: int, tile: int, device: torch.device) -> int:
-    """Into how many parts to cut a row's keys: a power of two; a few programs a multiprocessor, of two tiles or more."""
+    """Parts of a row's keys: a power of two, for a few programs a multiprocessor, of two tiles or more each."""
     parts = 1
     while parts < 128 and programs * parts < 4 * processors(device) and keys > 2 * parts * tile:
         parts *= 2
@@ -171,16 +172,20 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths:
     `lengths` (B,) counts each row's tokens before this call; the caches hold the new ones behind them. A query sees
     itself and `window` keys before it (None: all). Rows may share prompts: `prompts` = (k, v, lengths, owners), caches
     (P, capacity, KVH, D), the tokens of each prompt (P,), and the prompt of each row (B,); a row's first tokens are its
-    prompt's, and its own cache starts behind them. Returns (B, T, H, D). No gradient. ValueError: no such kernel.
+    prompt's, and its own cache starts behind them. Returns (B, T, H, D). ValueError: no such kernel. There is no
+    gradient: to ask for one is a RuntimeError.
     """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(prompts or ())[:2])):
+        raise RuntimeError("decoding attention has no gradient: call it under torch.no_grad(), or train with attention")
     B, T, H, D = q.shape
     if k.shape != v.shape or k.size(0) != B or k.size(3) != D or H % k.size(2) or lengths.shape != (B,):
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
                          f"lengths {tuple(lengths.shape)}")
     queries, size = T * (H // k.size(2)), q.element_size()
-    if D not in HEAD_DIMS or D * size > 512 or q.dtype not in DTYPES or queries > MAX_QUERIES[size]:
-        raise ValueError(f"{q.dtype} heads of {D}, {queries} queries a key head: the kernel takes heads of "
-                         f"{HEAD_DIMS}, 512 bytes at most, in {DTYPES}, and {MAX_QUERIES} queries by bytes of a number")
+    if D not in HEAD_DIMS or D * size > 512 or q.dtype not in DTYPES:
+        raise ValueError(f"{q.dtype} heads of {D}: the kernel takes {HEAD_DIMS}, 512 bytes at most, in {DTYPES}")
+    if queries > MAX_QUERIES[size]:  # no number that differs from call to call: who goes another way says so once
+        raise ValueError(f"more than {MAX_QUERIES[size]} queries, tokens × heads, to a key head in {q.dtype}")
     prompt_k, prompt_v, prompt_lengths, owners = prompts or (None, None, None, None)
     tensors = [q, k, v, prompt_k, prompt_v]
     if INTERPRETING and q.dtype == torch.bfloat16:  # the interpreter is silently wrong in bfloat16
@@ -198,7 +203,7 @@ def compile_cases(capability: int):
     strides = {f"{x}_{axis}": "i32:16" for x in ("q", "k", "v", "pk", "pv") for axis in ("batch", "token", "head")}
     prompts = ("prompt_k", "prompt_v", "prompt_lengths", "owners")
     for kind, D, queries, shared in (("bf16", 128, 1, False), ("bf16", 128, 64, True), ("bf16", 256, 64, True),
-                                     ("fp32", 128, 16, True)):
+                                     ("fp16", 128, 64, True), ("fp32", 128, 16, True)):
         sizes = decoding_settings(D, torch.float32 if kind == "fp32" else torch.bfloat16, queries)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         types = {**dict.fromkeys(("q", "k", "v", "prompt_k", "prompt_v"), f"*{kind}"), "part": "*fp32",

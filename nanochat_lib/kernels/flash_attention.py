@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETING = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: numpy instead of a GPU
 HEAD_DIMS = (32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are base 2: it is what the hardware has
+LOG2E = tl.constexpr(1.4426950408889634)  # log₂ e
 SIZES = ["T", "H", "KVH", "group", "window"]  # arguments that change often: not compiled anew for each value
 
 
@@ -42,11 +42,11 @@ BUNCH = tl.constexpr(16)  # heads whose programs run side by side
 
 
 @triton.jit
-def share_of_work():
-    """(block, line) of this program on a grid of (blocks, lines): a bunch of lines together, block 0 of each first."""
-    blocks, number = tl.num_programs(0), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+def share_of_work(blocks):
+    """(block, line) of this program, one of lines · blocks: a bunch of lines together, block 0 of each first."""
+    number, lines = tl.program_id(0), tl.num_programs(0) // blocks
     first = number // (BUNCH * blocks) * BUNCH
-    width = tl.minimum(tl.num_programs(1) - first, BUNCH)  # the last bunch may be a smaller one
+    width = tl.minimum(lines - first, BUNCH)  # the last bunch may be a smaller one
     rest = number - first * blocks
     return rest // width, first + rest % width
 
@@ -55,8 +55,9 @@ def share_of_work():
 def forward_kernel(q_all, k_all, v_all, out_all, lse_all, T, H, group, window, scale,
                    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """One block of BLOCK_M queries of one head: `out_all`, and natural logsumexp `lse_all` (B, H, T) float32."""
-    block, line = share_of_work()
-    start = (tl.num_programs(0) - 1 - block) * BLOCK_M  # the longest rows first
+    blocks = tl.cdiv(T, BLOCK_M)
+    block, line = share_of_work(blocks)
+    start = (blocks - 1 - block) * BLOCK_M  # the longest rows first
     batch, head = line // H, line % H
     kv_head = head // group
     q = q_all.load([batch, head, start, 0]).reshape(BLOCK_M, D)
@@ -86,7 +87,7 @@ SETTINGS = {  # head dimension → BLOCK_M, BLOCK_N, num_warps, num_stages; two-
 SMALL = {  # chips with less shared memory, whose tensor cores take their numbers from registers
     "forward": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     "dq": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "dkdv": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "dkdv": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
 }
 
 
@@ -133,8 +134,8 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     rest, M, N = launch_settings("forward", q, window)
-    forward_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M), lse,
-                                             T, H, H // k.size(2), window, LOG2E.value / D**0.5, **rest)
+    forward_kernel[triton.cdiv(T, M) * B * H,](describe(q, M), describe(k, N), describe(v, N), describe(out, M), lse,
+                                               T, H, H // k.size(2), window, LOG2E.value / D**0.5, **rest)
     return out, lse
 
 
@@ -147,8 +148,9 @@ def _(q, k, v, window):
 def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, T, H, group, window, scale, factor,
               D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one block of queries of one head; leaves delta (B, H, T) for the other kernel."""
-    block, number = share_of_work()
-    start = (tl.num_programs(0) - 1 - block) * BLOCK_M
+    blocks = tl.cdiv(T, BLOCK_M)
+    block, number = share_of_work(blocks)
+    start = (blocks - 1 - block) * BLOCK_M
     batch, head = number // H, number % H
     kv_head = head // group
     rows = start + tl.arange(0, BLOCK_M)
@@ -178,8 +180,9 @@ def dq_kernel(q_all, k_all, v_all, out_all, do_all, dq_all, lse_all, delta_all, 
 def dkdv_kernel(q_all, k_all, v_all, do_all, dk_all, dv_all, lse_all, delta_all, T, KVH, group, window, scale, factor,
                 D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one block of keys of one key head, from all heads of its group."""
-    start = tl.program_id(0) * BLOCK_N  # the first keys are seen by most: longest first again
-    batch, kv_head = tl.program_id(1) // KVH, tl.program_id(1) % KVH
+    blocks = tl.cdiv(T, BLOCK_N)
+    start = tl.program_id(0) % blocks * BLOCK_N  # the first keys are seen by most: longest first again
+    batch, kv_head = tl.program_id(0) // blocks // KVH, tl.program_id(0) // blocks % KVH
     keys = start + tl.arange(0, BLOCK_N)
     k = k_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
     v = v_all.load([batch, kv_head, start, 0]).reshape(BLOCK_N, D)
@@ -218,11 +221,11 @@ def flash_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torc
     delta = torch.empty_like(lse)
     numbers = H // KVH, window, LOG2E.value / D**0.5, D**-0.5
     rest, M, N = launch_settings("dq", q, window)
-    dq_kernel[triton.cdiv(T, M), B * H](describe(q, M), describe(k, N), describe(v, N), describe(out, M),
-                                        describe(grad, M), describe(dq, M), lse, delta, T, H, *numbers, **rest)
+    dq_kernel[triton.cdiv(T, M) * B * H,](describe(q, M), describe(k, N), describe(v, N), describe(out, M),
+                                          describe(grad, M), describe(dq, M), lse, delta, T, H, *numbers, **rest)
     rest, M, N = launch_settings("dkdv", q, window)
-    dkdv_kernel[triton.cdiv(T, N), B * KVH](describe(q, M), describe(k, N), describe(v, N), describe(grad, M),
-                                            describe(dk, N), describe(dv, N), lse, delta, T, KVH, *numbers, **rest)
+    dkdv_kernel[triton.cdiv(T, N) * B * KVH,](describe(q, M), describe(k, N), describe(v, N), describe(grad, M),
+                                              describe(dk, N), describe(dv, N), lse, delta, T, KVH, *numbers, **rest)
     return dq, dk, dv
 
 
@@ -267,7 +270,8 @@ def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
     # float32 with 128 dimensions is right, but its backward spills: no case here, and no way to train fast
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dq windowed": dq_kernel, "dkdv": dkdv_kernel}
-    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float32, "fp32", (64,))):
+    for dtype, kind, dims in ((torch.bfloat16, "bf16", (64, 128, 256)), (torch.float16, "fp16", (128,)),
+                              (torch.float32, "fp32", (64,))):
         for D, (label, kernel) in itertools.product(dims, kernels.items()):
             name, *windowed = label.split()
             sizes = settings(name, D, dtype, capability, bool(windowed))

@@ -83,7 +83,7 @@ def softcap_loss_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
 
 def compile_cases(capability: int):
     """What `compile_check` builds: (label, kernel, types, constants, options) of every way the kernels are launched."""
-    for kind in ("bf16", "fp32"):
+    for kind in ("bf16", "fp16", "fp32"):
         sizes = loss_settings(1 << 15)
         options = {"num_warps": sizes.pop("num_warps")}
         types = {"logits": f"*{kind}", "targets": "*i64", "losses": "*fp32", "row_stride": "i32:16", "cap": "fp32"}

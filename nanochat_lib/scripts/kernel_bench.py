@@ -75,7 +75,8 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     parts = list(dict.fromkeys(row["part"] for row in shown))
     columns = max(1, min(3, len(parts)))
     lines = max(1, -(-len(parts) // columns))
-    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained",
+                                squeeze=False)
     for axis in axes.flat[len(parts):]:
         axis.axis("off")
     for axis, part in zip(axes.flat, parts):

@@ -31,6 +31,10 @@ def online_softmax(answer):
         expect(len(got) == 2, "Return two things: the average and the logsumexp.")
         expect_shape(got[0], (values.size(1),), torch.float32)
         expect_shape(got[1], (), torch.float32)
+        if not got[0].isfinite().all():
+            copies = answer((s.clone(), v.clone()) for s, v in one_at_a_time(scores, values, n))
+            expect(not copies[0].isfinite().all(), "Tiles were kept until the end, but each takes the memory of the one "
+                   "before: use a tile when it comes, and keep only the maximum, the sum and the weighted sum.")
         return got, (scores.double().softmax(0) @ values.double(), scores.double().logsumexp(0))
 
     def compare(case, average, logsumexp):
