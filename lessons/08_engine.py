@@ -19,9 +19,9 @@
 #| default_exp engine
 
 # %% [markdown]
-# A model gives one thing: the probabilities of the next token. An answer of a hundred tokens takes a hundred calls, a step of
-# reinforcement learning takes 256 answers, a web server has strangers waiting. This lesson makes that fast without changing a single
-# token, and puts a calculator into the stream.
+# A model gives one thing: the probabilities of the next token. An answer of a hundred tokens takes a hundred calls, a
+# step of reinforcement learning takes 256 answers, a web server has strangers waiting. This lesson makes that fast
+# without changing a single token, and puts a calculator into the stream.
 #
 # First a small model with random weights to try things on. Speed does not depend on what a model knows.
 
@@ -37,7 +37,8 @@ from nanochat_lib.gpt import GPTConfig, build_model
 from nanochat_lib.tokenizer import Tokenizer
 
 tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])  # every byte a token, and the special ones
-config = GPTConfig(sequence_len=256, vocab_size=tokenizer.get_vocab_size(), n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
+config = GPTConfig(sequence_len=256, vocab_size=tokenizer.get_vocab_size(),
+                   n_layer=4, n_head=4, n_kv_head=4, n_embd=128)
 torch.manual_seed(0)
 model = build_model(config, "cpu").eval()
 for parameter in model.parameters():
@@ -46,12 +47,12 @@ for parameter in model.parameters():
 # %% [markdown]
 # ## Prefill and decode
 #
-# Attention looks back at the keys and values of all tokens before. They do not change when a token is added, since no token
-# sees a later one. Computed again for each new token, a text of T tokens costs T²/2 positions; kept, it costs T.
+# Attention looks back at the keys and values of all tokens before. They do not change when a token is added, since no
+# token sees a later one. Computed again for each new token, a text of T tokens costs T²/2 positions; kept, it costs T.
 #
-# So generation has two phases. **Prefill** reads the prompt in one forward pass: many positions at once, big matrix products, bound by
-# arithmetic. **Decode** adds a token at a time: each step reads all weights and the whole cache to multiply them with a single
-# vector, and is bound by memory.
+# So generation has two phases. **Prefill** reads the prompt in one forward pass: many positions at once, big matrix
+# products, bound by arithmetic. **Decode** adds a token at a time: each step reads all weights and the whole cache to
+# multiply them with a single vector, and is bound by memory.
 
 # %%
 prompt, new = 24, 40
@@ -89,8 +90,8 @@ from nanochat_lib.gpt import GPTConfig
 class KVCache:
     """Keys and values of every layer for up to `rows` sequences, each with its own length.
 
-    One tensor (2, layer, row, kv head, position, head dim), made at first use; the model sees the first `len(lengths)` rows.
-    Places behind a row's length may hold anything finite: they are overwritten before they are seen.
+    One tensor (2, layer, row, kv head, position, head dim), made at first use; the model sees the first `len(lengths)`
+    rows. Places behind a row's length may hold anything finite: they are overwritten before they are seen.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int):
@@ -102,7 +103,7 @@ class KVCache:
         self.longest = 0  # max(lengths), known without asking the device
 
     def allocate(self, like: torch.Tensor) -> None:
-        """Make the store for keys like this (…, KVH, D): zeros, since attention weighs unseen values 0, and 0 · nan is nan."""
+        """Make the store for keys like this (…, KVH, D): zeros, since unseen values weigh 0, and 0 · nan is nan."""
         if self.store is None:
             self.store = like.new_zeros(2, self.n_layer, self.rows, like.size(-2), self.capacity, like.size(-1))
 
@@ -153,14 +154,15 @@ assert cache.lengths.tolist() == [6, 9] and torch.allclose(logits, expected, ato
 
 
 # %% [markdown]
-# What does it cost? Two numbers (key and value) per layer, head, channel and position. The memory of a GPU is shared by weights
-# and cache, so this decides how many people can be served at once. Grouped queries (fewer kv heads than heads) and short
-# contexts are the ways to shrink it. Change the numbers:
+# What does it cost? Two numbers (key and value) per layer, head, channel and position. The memory of a GPU is shared
+# by weights and cache, so this decides how many people can be served at once. Grouped queries (fewer kv heads than
+# heads) and short contexts are the ways to shrink it. Change the numbers:
 
 # %%
 def gigabytes(depth=12, kv_heads=6, context=2048, rows=32):
     """Cache of a model of 12 heads of 128 channels, in bfloat16."""
-    return cache_bytes(GPTConfig(context, 32768, depth, 12, kv_heads, 12 * 128), rows, context, bytes_per_number=2) / 1e9
+    config = GPTConfig(context, 32768, depth, 12, kv_heads, 12 * 128)
+    return cache_bytes(config, rows, context, bytes_per_number=2) / 1e9
 
 
 print(f"6 kv heads: {gigabytes():.2f} GB, 1 kv head: {gigabytes(kv_heads=1):.2f} GB")
@@ -169,8 +171,10 @@ print(f"6 kv heads: {gigabytes():.2f} GB, 1 kv head: {gigabytes(kv_heads=1):.2f}
 # NBVAL_IGNORE_OUTPUT
 import ipywidgets as widgets
 
-dials = {"depth": widgets.IntSlider(12, 4, 32, 4), "kv_heads": widgets.SelectionSlider(options=[1, 2, 3, 4, 6, 12], value=6),
-         "context": widgets.SelectionSlider(options=[512, 1024, 2048, 4096, 8192], value=2048), "rows": widgets.IntSlider(32, 1, 256)}
+dials = {"depth": widgets.IntSlider(12, 4, 32, 4),
+         "kv_heads": widgets.SelectionSlider(options=[1, 2, 3, 4, 6, 12], value=6),
+         "context": widgets.SelectionSlider(options=[512, 1024, 2048, 4096, 8192], value=2048),
+         "rows": widgets.IntSlider(32, 1, 256)}
 result = widgets.HTML()
 
 
@@ -188,10 +192,10 @@ widgets.VBox([*dials.values(), result])
 # %% [markdown]
 # ## Why decoding is bound by memory
 #
-# To multiply a matrix with one vector, every weight is read and used once: two operations for each number read. A processor can do ten to
-# a hundred times as many in that time. With more vectors the matrix is still read once, so at first **more rows cost little**: the
-# time grows more slowly than the rows. Only with many does arithmetic become the bound, and the time grows with the rows.
-# Measured on a matrix of 64 MB, too large for the processor's caches:
+# To multiply a matrix with one vector, every weight is read and used once: two operations for each number read. A
+# processor can do ten to a hundred times as many in that time. With more vectors the matrix is still read once, so at
+# first **more rows cost little**: the time grows more slowly than the rows. Only with many does arithmetic become the
+# bound, and the time grows with the rows. Measured on a matrix of 64 MB, too large for the processor's caches:
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -216,7 +220,8 @@ left.legend()
 right.loglog(rows, [n / t for n, t in zip(rows, took)], "o-")
 right.set(xlabel="rows", ylabel="vectors per second", xticks=rows, xticklabels=rows)
 plt.show()
-print(f"one row: {matrix.nbytes / took[0] / 1e9:.0f} GB/s; 128 rows: {2 * 128 * matrix.numel() / took[-1] / 1e9:.0f} GFLOP/s, "
+print(f"one row: {matrix.nbytes / took[0] / 1e9:.0f} GB/s; "
+      f"128 rows: {2 * 128 * matrix.numel() / took[-1] / 1e9:.0f} GFLOP/s, "
       f"{128 * took[0] / took[-1]:.0f} times the vectors of one row")
 
 # %% [markdown]
@@ -225,8 +230,8 @@ print(f"one row: {matrix.nbytes / took[0] / 1e9:.0f} GB/s; 128 rows: {2 * 128 * 
 # %% [markdown]
 # ## From logits to a token
 #
-# **Temperature** divides the logits: below 1 the likely gets likelier, 0 is the likeliest alone. **Top-k** keeps the k likeliest
-# tokens; **top-p** the fewest whose probabilities reach p.
+# **Temperature** divides the logits: below 1 the likely gets likelier, 0 is the likeliest alone. **Top-k** keeps the k
+# likeliest tokens; **top-p** the fewest whose probabilities reach p.
 
 # %%
 logits = torch.tensor([2.2, 1.9, 1.2, 0.9, 0.3, 0.1, -0.4, -0.8, -1.5, -2.0])
@@ -234,7 +239,8 @@ fig, axes = plt.subplots(1, 4, figsize=(10, 2.4), sharey=True, layout="constrain
 for panel, (temperature, k) in zip(axes, ((1.0, 10), (0.5, 10), (2.0, 10), (1.0, 3))):
     kept = logits.masked_fill(torch.arange(10) >= k, -torch.inf) / temperature
     panel.bar(range(10), kept.softmax(0), color="tab:green" if k < 10 else "tab:blue")
-    panel.set(xticks=range(0, 10, 3), title=f"temperature {temperature}" + (f", top-k {k}" if k < 10 else ""), xlabel="token, by rank")
+    title = f"temperature {temperature}" + (f", top-k {k}" if k < 10 else "")
+    panel.set(xticks=range(0, 10, 3), title=title, xlabel="token, by rank")
 _ = axes[0].set_ylabel("probability")
 
 
@@ -254,7 +260,8 @@ def chances(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 assert chances(logits, top_k=3).count_nonzero() == 3 and abs(chances(logits, 0.5, 4, 0.9).sum() - 1) < 1e-6
-print("top-p 0.9 keeps", [int(chances(logits, t, top_p=0.9).count_nonzero()) for t in (0.5, 1.0, 2.0)], "tokens at temperature 0.5, 1, 2")
+kept = [int(chances(logits, t, top_p=0.9).count_nonzero()) for t in (0.5, 1.0, 2.0)]
+print("top-p 0.9 keeps", kept, "tokens at temperature 0.5, 1, 2")
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -265,8 +272,9 @@ bars = widgets.HTML()
 
 def redraw(change=None):
     p = chances(logits, **{name: knob.value for name, knob in knobs.items()})
-    bars.value = "".join(f'<div style="font-family: monospace">{i} <span style="display: inline-block; background: #4a90d9; '
-                         f'width: {300 * x:.0f}px">&nbsp;</span> {x:.0%}</div>' for i, x in enumerate(p.tolist()))
+    bar = "display: inline-block; background: #4a90d9; width"
+    bars.value = "".join(f'<div style="font-family: monospace">{i} <span style="{bar}: {300 * x:.0f}px">&nbsp;</span> '
+                         f"{x:.0%}</div>" for i, x in enumerate(p.tolist()))
 
 
 for name, knob in knobs.items():
@@ -276,13 +284,14 @@ redraw()
 widgets.HBox([widgets.VBox([*knobs.values()]), bars])
 
 # %% [markdown]
-# Drawing from them needs chance, and chance is a trap in a batch: with one generator for all rows, an answer would change with
-# its neighbours. Here each row has a key made of its prompt, seed and sample number, and the noise of its n-th token is a *hash* of key and
-# n. No state, no order, nothing shared: the same request gives the same answer alone or among 255 others.
+# Drawing from them needs chance, and chance is a trap in a batch: with one generator for all rows, an answer would
+# change with its neighbours. Here each row has a key made of its prompt, seed and sample number, and the noise of its
+# n-th token is a *hash* of key and n. No state, no order, nothing shared: the same request gives the same answer alone
+# or among 255 others.
 #
-# How to draw with noise: add to each logit a number −log(−log u), u uniform, and take the largest. That is an exact draw from the softmax
-# (Gumbel's trick). It beats throwing a dart at the cumulated probabilities, where each of 32,768 borders is a place at which rounding
-# can tip the choice; here only the two best compete.
+# How to draw with noise: add to each logit a number −log(−log u), u uniform, and take the largest. That is an exact
+# draw from the softmax (Gumbel's trick). It beats throwing a dart at the cumulated probabilities, where each of 32,768
+# borders is a place at which rounding can tip the choice; here only the two best compete.
 
 
 # %%
@@ -306,7 +315,7 @@ def draw_seeds(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def gumbel(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise for tokens `ids` (V,) or (B, k), from each row's seed (B,) int32: a hash, not a generator → (B, V or k)."""
+    """Gumbel noise (B, V or k) for tokens `ids` (V,) or (B, k), from each row's seed (B,) int32: a plain hash."""
     x = (ids.int() * -1640531535) ^ seeds[:, None]  # spread the ids over 32 bits; products wrap around
     for multiplier in (-2048144789, -1028477387):  # the finish of MurmurHash3 (Appleby 2011)
         x = (x ^ (x >> 15)).mul_(multiplier)
@@ -319,8 +328,9 @@ def sample(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, 
            top_p: float | None = None) -> torch.Tensor:
     """One token per row of logits (B, V), with the randomness of seeds (B,) int32 → (B,) int64.
 
-    Temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p. The largest
-    of logit / temperature + Gumbel noise is a draw from the softmax (Gumbel 1954), and hardly ever depends on rounding.
+    Temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p. The
+    largest of logit / temperature + Gumbel noise is a draw from the softmax (Gumbel 1954), and hardly ever depends on
+    rounding.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -353,8 +363,9 @@ assert torch.allclose(drawn[:5], expected, atol=0.006) and drawn[5:].sum() == 0
 # %% [markdown]
 # ## A calculator that can be trusted
 #
-# The model writes the expression, so it is a stranger's text: `eval` is out of the question. Python's own parser turns it into a
-# tree; we walk the tree and know only numbers, six operators and `'word'.count('r')`. Fractions keep 0.1 + 0.2 at 0.3.
+# The model writes the expression, so it is a stranger's text: `eval` is out of the question. Python's own parser turns
+# it into a tree; we walk the tree and know only numbers, six operators and `'word'.count('r')`. Fractions keep 0.1 +
+# 0.2 at 0.3.
 
 # %%
 #| export tools
@@ -371,20 +382,29 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg}
 QUOTED = r"'[^'\\]*'|\"[^\"\\]*\""
 ALLOWED = re.compile(rf"(?:[0-9\s.+\-*/%()]|{QUOTED}|(?<=['\"])\.count\()*")  # no letter outside quotes, so no names
-COMMA = re.compile(rf"({QUOTED})|(?<=\d),(?=\d{{3}}(?!\d))")  # a thousands comma, not one in a quoted word
+GROUPED = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"  # 1,234,567: commas of thousands, none behind a decimal point
+WORDS = re.compile(rf"(?P<quoted>{QUOTED})|(?P<grouped>{GROUPED})|\s+")
 
 
-def evaluate(node: ast.AST, depth: int = 0) -> Fraction:
-    """The exact value of an expression's tree. Raises ValueError or ArithmeticError for what a calculator has no key for."""
+def tidy(match: re.Match) -> str:
+    """A number without its commas, one blank for several; a quoted word stays as it is."""
+    return match["quoted"] or (match["grouped"] or " ").replace(",", "")
+
+
+def evaluate(node: ast.AST, source: bytes, depth: int = 0) -> Fraction:
+    """The exact value of the tree parsed from `source`.
+
+    Raises ValueError or ArithmeticError for what a calculator has no key for.
+    """
     if depth > MAX_DEPTH:
         raise ValueError("nested too deep")
     match node:
-        case ast.Constant(value=int() | float() as number):
-            value = Fraction(str(number))  # the decimal that was typed, not its nearest binary
+        case ast.Constant(value=int() | float()):  # the decimal that was typed, not its nearest binary
+            value = Fraction(source[node.col_offset:node.end_col_offset].decode())
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            value = Fraction(OPERATORS[type(op)](evaluate(left, depth + 1), evaluate(right, depth + 1)))
+            value = Fraction(OPERATORS[type(op)](evaluate(left, source, depth + 1), evaluate(right, source, depth + 1)))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            value = OPERATORS[type(op)](evaluate(operand, depth + 1))
+            value = OPERATORS[type(op)](evaluate(operand, source, depth + 1))
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
                       args=[ast.Constant(value=str() as part)], keywords=[]):
             value = Fraction(text.count(part))
@@ -396,46 +416,53 @@ def evaluate(node: ast.AST, depth: int = 0) -> Fraction:
 
 
 def calculate(expression: str) -> str | None:
-    """The value of `expression` as decimal text (ten significant digits), or None if it is not one. Never raises.
+    """The value of `expression` as decimal text, or None if it is not one. Never raises.
 
-    Knows numbers (with thousands commas), + - * / // %, parentheses and 'word'.count('r'). Nothing is executed; length,
+    Whole values are exact; others have ten significant digits, or two behind the point where those are more. Knows
+    numbers (with thousands commas), + - * / // %, parentheses and 'word'.count('r'). Nothing is executed; length,
     nesting and digits are bounded, and so is time (well under a millisecond).
     """
-    text = COMMA.sub(lambda match: match[1] or "", expression[:MAX_LENGTH + 1].strip())
+    text = WORDS.sub(tidy, expression[:MAX_LENGTH + 1].strip())
     if len(expression) > MAX_LENGTH or not ALLOWED.fullmatch(text):
         return None
     try:
-        value = evaluate(ast.parse(" ".join(text.split()), mode="eval").body)
+        value = evaluate(ast.parse(text, mode="eval").body, text.encode())
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
     if value.denominator == 1:
         return str(value.numerator)
-    return f"{Context(prec=10).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
+    digits = max(10, len(str(abs(int(value)))) + 2)
+    return f"{Context(prec=digits).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
 
 # %%
-for expression in ("12 * 34", "0.1 + 0.2", "1,250 / 4", "'strawberry'.count('r')", "1 / 0", "9**9**9", "__import__('os')"):
+for expression in ("12 * 34", "0.1 + 0.2", "1,250 / 4", "'strawberry'.count('r')",
+                   "1 / 0", "9**9**9", "__import__('os')"):
     print(f"{expression:26} {calculate(expression)}")
 
 # %% [markdown]
-# The calculator enters the stream by a small state machine, one per row. The model opens a call, writes the expression, closes
-# it; then the result is *forced*: these tokens are fed as if the model had said them, and marked with mask 0, because no one may
-# learn from words it did not choose. Whatever else a model does with the markers (never closes, opens twice, closes what is not
-# open) leads back to a state from which it simply goes on.
+# The calculator enters the stream by a small state machine, one per row. The model opens a call, writes the
+# expression, closes it; then the result is *forced*: these tokens are fed as if the model had said them, and marked
+# with mask 0, because no one may learn from words it did not choose. Whatever else a model does with the markers
+# (never closes, opens twice, closes what is not open) leads back to a state from which it simply goes on.
 
 # %%
 states = {"text": (0, 0), "in a call": (1, 0), "forced": (2, 0), "end": (-0.9, 0)}
 arrows = [("text", "in a call", "python_start", 0.3), ("in a call", "text", "python_end, no value", 0.3),
-          ("in a call", "forced", "python_end:\ncalculate", 0), ("forced", "text", "all said:\noutput_start result output_end", -0.4),
+          ("in a call", "forced", "python_end:\ncalculate", 0),
+          ("forced", "text", "all said:\noutput_start result output_end", -0.4),
           ("text", "end", "assistant_end,\nbos", 0)]
 fig, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
 for a, b, label, bend in arrows:
     (x0, y0), (x1, y1) = states[a], states[b]
     axes.annotate("", (x1, y1), (x0, y0), arrowprops=dict(arrowstyle="->", shrinkA=32, shrinkB=32, lw=1.5,
                                                          connectionstyle=f"arc3,rad={-bend}"))
-    height = (bend * abs(x1 - x0) * 0.62 + (0.05 if bend >= 0 else -0.05)) * (1 if x1 > x0 or not bend else -1)  # off the arc
-    axes.text((x0 + x1) / 2, (y0 + y1) / 2 + height, label, ha="center", va="bottom" if height >= 0 else "top", fontsize=9)
+    height = bend * abs(x1 - x0) * 0.62 + (0.05 if bend >= 0 else -0.05)  # off the arc
+    height *= 1 if x1 > x0 or not bend else -1
+    side = "bottom" if height >= 0 else "top"
+    axes.text((x0 + x1) / 2, (y0 + y1) / 2 + height, label, ha="center", va=side, fontsize=9)
 for name, (x, y) in states.items():
-    axes.text(x, y, name, ha="center", va="center", bbox=dict(boxstyle="circle,pad=0.6", fc="#fec" if name == "forced" else "#cdf"))
+    box = dict(boxstyle="circle,pad=0.6", fc="#fec" if name == "forced" else "#cdf")
+    axes.text(x, y, name, ha="center", va="center", bbox=box)
 axes.text(1, -0.42, "python_start: begin anew", ha="center", fontsize=9)
 axes.set(xlim=(-1.2, 2.4), ylim=(-0.7, 1.1))
 axes.axis("off")
@@ -445,8 +472,9 @@ plt.show()
 # %% [markdown]
 # ## Requests
 #
-# Answers differ in length. If a batch waits for its longest answer, most of it computes nothing. In **continuous batching** a finished row
-# leaves at once and a waiting request takes its place. First what is asked, and what comes back:
+# Answers differ in length. If a batch waits for its longest answer, most of it computes nothing. In **continuous
+# batching** a finished row leaves at once and a waiting request takes its place. First what is asked, and what comes
+# back:
 
 # %%
 #| export request
@@ -474,7 +502,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer without its prompt and without the token that ended it. mask: 1 chosen by the model, 0 forced by a tool."""
+    """An answer without its prompt and the token that ended it. mask: 1 chosen by the model, 0 forced by a tool."""
 
     tokens: list[int]
     mask: list[int]
@@ -486,7 +514,10 @@ class Completion:
 #| export request
 @dataclass(eq=False)
 class Request:
-    """One row of a batch: what is wanted and, once it has left the batch, its completion. NanochatError without a prompt."""
+    """One row of a batch: what is wanted and, once it has left the batch, its completion.
+
+    NanochatError without a prompt, or for settings out of range.
+    """
 
     prompt: list[int]
     max_tokens: int | None = None  # None: until the context is full
@@ -506,6 +537,8 @@ class Request:
             raise NanochatError("nothing to continue: a prompt has at least one token (a document starts with <|bos|>)")
         if not 0 <= self.temperature < float("inf") or (self.top_k or 0) < 0 or not 0 < (self.top_p or 1) <= 1:
             raise NanochatError("sampling settings out of range: temperature and top-k are 0 or more, top-p in (0, 1]")
+        if (self.max_tokens or 0) < 0:
+            raise NanochatError(f"max_tokens is {self.max_tokens}: an answer has 0 or more")
         self.settings = (self.temperature, self.top_k, self.top_p)
 
     def key(self) -> int:
@@ -518,8 +551,8 @@ class Request:
         return len(self.prompt) - (self.shared or 0)
 
 # %% [markdown]
-# While it runs, the host keeps notes on each row: tokens so far, budget, and the state machine above. All of it works on whole arrays; Python
-# looks at single rows only where something special happened.
+# While it runs, the host keeps notes on each row: tokens so far, budget, and the state machine above. All of it works
+# on whole arrays; Python looks at single rows only where something special happened.
 
 # %%
 #| export notes
@@ -547,7 +580,8 @@ class Notes:
         self.running: list[Request] = []
         self.line, self.free = np.zeros(rows, np.int64), list(range(rows))
         self.keys = np.zeros(rows, np.uint64)
-        self.lengths, self.shared, self.counts, self.budgets, self.calls, self.forced_until = np.zeros((6, rows), np.int64)
+        self.lengths, self.shared, self.counts = np.zeros((3, rows), np.int64)
+        self.budgets, self.calls, self.forced_until = np.zeros((3, rows), np.int64)
         self.tokens = np.zeros((rows, width), np.int64)
         self.mask, self.logprobs = np.zeros(self.tokens.shape, np.int64), np.zeros(self.tokens.shape)
 
@@ -573,7 +607,7 @@ class Notes:
         return self.tokens[line, counts - 1], self.lengths[line] + counts - 1 - shared, shared
 
     def write(self, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Note a token of each row, forced ones in place of sampled ones; returns tokens, logprobs and forced, each (B,)."""
+        """Note a token of each row, forced ones in place of sampled ones; returns tokens, logprobs, forced (B,)."""
         line = self.lines
         counts = self.counts[line]
         forced = counts < self.forced_until[line]
@@ -583,11 +617,12 @@ class Notes:
         return tokens, logprobs, forced
 
     def ended(self, engine: "Engine", tokens: np.ndarray, forced: np.ndarray) -> dict[int, str]:
-        """{row: finish reason} of rows that end with these tokens. Tool calls are followed, and answered, on the way."""
+        """{row: finish reason} of rows that end with these tokens. Tool calls are followed and answered on the way."""
         line, ended = self.lines, {}
-        counts = self.counts[line]
+        counts, context = self.counts[line], engine.model.config.sequence_len
         for row in np.flatnonzero(counts >= self.budgets[line]).tolist():
-            ended[row] = "length" if counts[row] == self.running[row].max_tokens else "context"
+            full = self.lengths[line[row]] + counts[row] > context and counts[row] != self.running[row].max_tokens
+            ended[row] = "context" if full else "length"
         for row in np.flatnonzero(engine.notable[tokens] & ~forced).tolist():
             if tokens[row] in engine.stops:
                 ended[row] = "stop"
@@ -628,10 +663,10 @@ class Notes:
 # %% [markdown]
 # ## Prompts that begin alike
 #
-# Sixteen answers to one question hold the same prompt sixteen times; a thousand chats begin with the same instructions. Such a
-# beginning needs to be computed only once, and kept only once: it never changes, since no token sees a later one. What a row adds
-# is its own (**copy on write** at the finest grain: nothing is ever copied). Which prompts share how much? In sorted order, those that begin
-# alike are neighbours.
+# Sixteen answers to one question hold the same prompt sixteen times; a thousand chats begin with the same
+# instructions. Such a beginning needs to be computed only once, and kept only once: it never changes, since no token
+# sees a later one. What a row adds is its own (**copy on write** at the finest grain: nothing is ever copied). Which
+# prompts share how much? In sorted order, those that begin alike are neighbours.
 
 # %%
 #| export sharing
@@ -688,14 +723,18 @@ def shared_beginnings(prompts: Counter[tuple[int, ...]]) -> dict[tuple[int, ...]
             for group in groups for prompt in group.prompts}
 
 
-def plan(requests: list[Request], kept: list[tuple[int, ...]] = ()) -> None:
-    """Set `shared` of requests not looked at yet: first what is `kept` already, then what they have in common."""
+def plan(requests: list[Request], kept: list[tuple[int, ...]] = (), most: int | None = None) -> None:
+    """Set `shared` of requests not looked at yet: first what is `kept` already, then what they have in common.
+
+    `most`: tokens of the longest beginning for which there is a place.
+    """
     new = [request for request in requests if request.shared is None]
     wanted = Counter(tuple(request.prompt) for request in new)
     lengths = {prompt: max((len(head) for head in kept if prompt[:len(head)] == head), default=0) for prompt in wanted}
     lengths |= shared_beginnings(Counter({prompt: n for prompt, n in wanted.items() if not lengths[prompt]}))
     for request in new:
-        request.shared = lengths[tuple(request.prompt)]
+        length = lengths[tuple(request.prompt)]
+        request.shared = length if most is None else min(length, most)
 
 # %%
 rules = tuple(range(100, 140))  # instructions of 40 tokens before every question
@@ -704,14 +743,15 @@ for prompt, shared in shared_beginnings(wanted).items():
     print(f"{wanted[prompt]:2} rows want a prompt of {len(prompt)} tokens: {shared} shared")
 
 # %% [markdown]
-# Attention of a row is now a sum over two places. A softmax can be taken apart: for the keys of each place, keep the sum of e^score · value and
-# the sum of e^score. Both sums add up, and their quotient is the attention over all keys:
+# Attention of a row is now a sum over two places. A softmax can be taken apart: for the keys of each place, keep the
+# sum of e^score · value and the sum of e^score. Both sums add up, and their quotient is the attention over all keys:
 #
-# $$\frac{\sum_{\text{shared}} e^{s_i} v_i + \sum_{\text{own}} e^{s_j} v_j}{\sum_{\text{shared}} e^{s_i} + \sum_{\text{own}} e^{s_j}}$$
+# $$\frac{\sum_{\text{shared}} e^{s_i} v_i + \sum_{\text{own}} e^{s_j} v_j}
+# {\sum_{\text{shared}} e^{s_i} + \sum_{\text{own}} e^{s_j}}$$
 #
-# For the shared part, the queries of all its rows meet the same keys: a product of matrices, which reads the keys once for sixteen rows (Hydragen,
-# Juravsky et al., arXiv 2402.05099). The memory of a batch, then: a fixed number of rows and of shared beginnings, made once.
-# Nothing changes its place, and who does not fit waits.
+# For the shared part, the queries of all its rows meet the same keys: a product of matrices, which reads the keys once
+# for sixteen rows (Hydragen, Juravsky et al., arXiv 2402.05099). The memory of a batch, then: a fixed number of rows
+# and of shared beginnings, made once. Nothing changes its place, and who does not fit waits.
 
 # %%
 #| export slots
@@ -737,14 +777,15 @@ class Slots:
         config, self.device = model.config, model.lm_head.weight.device
         self.rows, self.capacity, self.prefixes, self.prefix_capacity = rows, capacity, prefixes, prefix_capacity
         place = dict(dtype=model.dtype, device=self.device)
-        self.tails, self.heads = (torch.zeros(config.n_layer, 2, n, config.n_kv_head, positions, config.head_dim, **place)
+        layers, heads, D = config.n_layer, config.n_kv_head, config.head_dim
+        self.tails, self.heads = (torch.zeros(layers, 2, n, heads, positions, D, **place)
                                   for n, positions in ((rows, capacity), (prefixes, prefix_capacity)))
         self.previous = torch.zeros(rows, config.n_embd, **place)  # each row's last embedding before smear
         self.head_previous = torch.zeros(prefixes, config.n_embd, **place)
         self.head_logits = torch.zeros(prefixes, config.vocab_size, device=self.device)  # after each beginning
-        self.head_lengths = torch.zeros(prefixes + 1, dtype=torch.int64, device=self.device)  # the last one: no beginning
+        self.head_lengths = torch.zeros(prefixes + 1, dtype=torch.int64, device=self.device)  # the last: no beginning
         self.inputs = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
-        self.ids, self.lengths, self.offsets, self.owners = self.inputs  # coming token, tokens in the tail, shared, where
+        self.ids, self.lengths, self.offsets, self.owners = self.inputs  # coming token, own tokens, shared ones, where
         self.places = torch.arange(max(capacity, prefix_capacity), device=self.device)
         self.longest = 0  # max(lengths), known without asking the device
         self.members: torch.Tensor | None = None  # (prefixes, n) rows that stand on each, padded with −1
@@ -757,7 +798,7 @@ class Slots:
         self.users = [0] * self.prefixes
 
     def claim(self, head: tuple[int, ...]) -> bool | None:
-        """One more row will stand on `head`: True if it is here, False if it is to be filled, None if it has no place."""
+        """One more row will stand on `head`: True if it is here, False if it is to be filled, None without a place."""
         place = self.known.pop(head, None)
         here = place is not None
         if not here and len(head) <= self.prefix_capacity:
@@ -773,7 +814,8 @@ class Slots:
     def keep_head(self, place: int, cache: KVCache, row: int, length: int, logits: torch.Tensor) -> None:
         """Copy a beginning out of a prefill."""
         self.heads[:, :, place, :, :length] = cache.store[:, :, row, :, :length].transpose(0, 1)
-        self.head_previous[place], self.head_logits[place], self.head_lengths[place] = cache.previous[row], logits, length
+        self.head_previous[place], self.head_logits[place] = cache.previous[row], logits
+        self.head_lengths[place] = length
 
     def fill(self, cache: KVCache, places: list[int], lengths: list[int]) -> None:
         """Begin a cache of len(places) rows with these shared beginnings."""
@@ -791,7 +833,7 @@ class Slots:
         self.previous[rows], self.longest = cache.previous[index], max(self.longest, end - start)
 
     def stand(self, at: int, places: list[int]) -> None:
-        """The rows from `at` on stand on these shared beginnings; their users were counted when they claimed a place."""
+        """The rows from `at` on stand on these shared beginnings; claiming a place has counted them as users."""
         self.shares[at:at + len(places)] = places
 
     def leave(self, row: int) -> None:
@@ -904,7 +946,8 @@ class LookBack:
             offsets = slots.offsets[members]
             ends = torch.where(slots.members < 0, 0, offsets)
             positions, keys = slots.lengths[members] + offsets, slots.places[:slots.prefix_capacity]
-            self.shared = {window: seen_bias(positions, keys, ends, window, *self.heads) for window in set(self.windows)}
+            self.shared = {window: seen_bias(positions, keys, ends, window, *self.heads)
+                           for window in set(self.windows)}
 
     def attend(self, layer: int, q: Tensor, slots: Slots) -> Tensor:
         """q (B, H, D) over everything its rows hold → (B, C)."""
@@ -926,8 +969,9 @@ class LookBack:
             self.add_shared(q, slots.heads[layer], slots.members, self.shared[window], total, weight)
         return total.div_(weight).view(B, -1).to(q.dtype)
 
-    def add_shared(self, q: Tensor, store: Tensor, members: Tensor, bias: Tensor, total: Tensor, weight: Tensor) -> None:
-        """Add what q (B, H, D) sees in shared beginnings (2, prefix, kv head, S, D): one product for all rows on one."""
+    def add_shared(self, q: Tensor, store: Tensor, members: Tensor, bias: Tensor, total: Tensor,
+                   weight: Tensor) -> None:
+        """Add what q (B, H, D) sees in shared beginnings (2, prefix, kv head, S, D): a product for all rows on one."""
         (P, n), KVH, D = members.shape, self.config.n_kv_head, q.size(-1)
         rows = members.clamp(min=0).flatten()
         asked = q[rows].view(P, n, KVH, -1, D).transpose(1, 2).reshape(P * KVH, -1, D)
@@ -939,16 +983,18 @@ class LookBack:
 # %%
 q, k, v = torch.randn(3, 5, 8), torch.randn(3, 20, 8), torch.randn(3, 20, 8)
 nothing_hidden = torch.zeros(3, 5, 12)
-left, right = look_back(q, k[:, :12], v[:, :12], nothing_hidden), look_back(q, k[:, 12:], v[:, 12:], nothing_hidden[..., :8])
+left = look_back(q, k[:, :12], v[:, :12], nothing_hidden)
+right = look_back(q, k[:, 12:], v[:, 12:], nothing_hidden[..., :8])
 whole = torch.nn.functional.scaled_dot_product_attention(q, k, v)
 assert torch.allclose((left[0] + right[0]) / (left[1] + right[1]), whole, atol=1e-5)
 
 # %% [markdown]
 # ## A step, written for speed
 #
-# `GPT.forward` is written to be read, and to train. A step of decoding repeats it for one token of each row, thousands of times, so it pays to
-# write it again with fewer and larger operations: queries, keys, values and the value gate in one product, sums fused into the products that follow, and
-# weights in the dtype that computes (the model keeps float32 and casts at each use, which would triple the bytes a step reads).
+# `GPT.forward` is written to be read, and to train. A step of decoding repeats it for one token of each row, thousands
+# of times, so it pays to write it again with fewer and larger operations: queries, keys, values and the value gate in
+# one product, sums fused into the products that follow, and weights in the dtype that computes (the model keeps
+# float32 and casts at each use, which would triple the bytes a step reads).
 
 # %%
 #| export decoder
@@ -1062,7 +1108,7 @@ class Decoder:
         lengths, config = slots.lengths[:B], self.config
         positions = lengths + slots.offsets[:B]
         heads = torch.arange(B * config.n_kv_head, device=slots.device).view(B, 1, -1)
-        values = torch.arange(2, device=slots.device)[:, None] * (slots.rows * config.n_kv_head)  # they lie behind all keys
+        values = torch.arange(2, device=slots.device)[:, None] * (slots.rows * config.n_kv_head)  # behind all keys
         places = ((heads + values) * slots.capacity + lengths[:, None, None]).flatten()
         return Place(slots.ids[:B], self.cos[positions][:, None], self.sin[positions][:, None], places)
 
@@ -1086,7 +1132,8 @@ class Decoder:
 # %%
 sequence = torch.randint(0, 256, (1, 30))
 with torch.inference_mode():
-    cache, slots = KVCache(config, rows=1, capacity=30), Slots(model, rows=3, capacity=32, prefixes=1, prefix_capacity=32)
+    cache = KVCache(config, rows=1, capacity=30)
+    slots = Slots(model, rows=3, capacity=32, prefixes=1, prefix_capacity=32)
     cache.resize([0], "cpu")
     logits = model(sequence[:, :25], kv_cache=cache)[0, -1]
     slots.claim("the first 20 tokens")
@@ -1102,18 +1149,21 @@ assert all(torch.allclose(row, expected, atol=1e-4) for row in stepped)
 # %% [markdown]
 # ### On a GPU: one launch
 #
-# A step of a 12-layer model is some 300 kernels of a few microseconds each. Python and PyTorch take longer to start them than the GPU to run them, so
-# the GPU waits. A **CUDA graph** records a step once, with all addresses and shapes, and replays it with a single launch. That is why the slots never
-# move and why a step asks the host for nothing. `torch.compile` makes one kernel of all that stands between two matrix products. An early form
-# of these cells, measured on an H200 (12 layers of width 768, bfloat16, one row): `GPT.forward` 12.2 ms, the step above 6.6 ms, recorded 0.78 ms,
-# recorded and fused 0.57 ms: a ninth of the bandwidth. With 64 rows a step takes 1.16 ms, 54,900 tokens a second.
+# A step of a 12-layer model is some 300 kernels of a few microseconds each. Python and PyTorch take longer to start
+# them than the GPU to run them, so the GPU waits. A **CUDA graph** records a step once, with all addresses and shapes,
+# and replays it with a single launch. That is why the slots never move and why a step asks the host for nothing.
+# `torch.compile` makes one kernel of all that stands between two matrix products. An early form of these cells,
+# measured on an H200 (12 layers of width 768, bfloat16, one row): `GPT.forward` 12.2 ms, the step above 6.6 ms,
+# recorded 0.78 ms, recorded and fused 0.57 ms: a ninth of the bandwidth. With 64 rows a step takes 1.16 ms, 54,900
+# tokens a second.
 #
-# A model so small is bound by the latency of 170 kernels, one after another. So one or two rows take **five kernels a layer**: norm and queries,
-# keys, values; attention over parts of the keys; sum of the parts and projection; norm and the wide product; the narrow one. A kernel's weights do
-# not depend on the kernel before it: it asks for them, lets the next one start (*programmatic dependent launch*), and only then waits for its
-# input. On an H100, at 2,016 tokens of context, such a step takes 0.20 ms, and the choice of a token 0.007 instead of 0.036 ms: while the step runs,
-# 43 % of the bandwidth. The engine as a whole gives some 2,500 tokens a second, 22 %: the host, which waits for a token before it starts the next
-# step, takes as long as the device.
+# A model so small is bound by the latency of 170 kernels, one after another. So one or two rows take **five kernels a
+# layer**: norm and queries, keys, values; attention over parts of the keys; sum of the parts and projection; norm and
+# the wide product; the narrow one. A kernel's weights do not depend on the kernel before it: it asks for them, lets
+# the next one start (*programmatic dependent launch*), and only then waits for its input. On an H100, at 2,016 tokens
+# of context, such a step takes 0.20 ms, and the choice of a token 0.007 instead of 0.036 ms: while the step runs, 43 %
+# of the bandwidth. The engine as a whole gives some 2,500 tokens a second, 22 %: the host, which waits for a token
+# before it starts the next step, takes as long as the device.
 
 # %%
 #| export kernels/step
@@ -1178,7 +1228,8 @@ def embed_kernel(ids, wte, gate, strength, previous, out, K, CHANNELS: tl.conste
     tl.store(out + line, x, mask=inside)
 
 # %% [markdown]
-# A product with what it needs before (mix, norm) and after (relu², softcap). The norm's factor is applied to the sums, so that no thread waits for it.
+# A product with what it needs before (mix, norm) and after (relu², softcap). The norm's factor is applied to the sums,
+# so that no thread waits for it.
 
 # %%
 #| export kernels/step
@@ -1201,7 +1252,7 @@ def norm_product_kernel(x, other, mix, mixed, weights, out, N, K, cap, B: tl.con
         if mixed is not None:
             if tl.program_id(0) == 0:
                 tl.store(mixed + row * K + columns, h, mask=inside)
-        y = tl.sum(tile.to(tl.float32) * h[None, :], 1) * inverse_length(h, K)  # two sums that need not wait for each other
+        y = tl.sum(tile.to(tl.float32) * h[None, :], 1) * inverse_length(h, K)  # neither sum waits for the other
         if SQUARED_RELU:
             y = tl.maximum(y, 0.0)
             y *= y
@@ -1211,8 +1262,9 @@ def norm_product_kernel(x, other, mix, mixed, weights, out, N, K, cap, B: tl.con
         tl.store(out + row * N + rows, y, mask=rows < N)
 
 # %% [markdown]
-# Attention: a program takes one part of one head's keys and leaves a sum of values and a sum of weights; the next kernel adds the parts up. Keys and
-# queries stay in halves, as rotary positions pair them. The first part also takes the new token, and writes its key and value to the cache.
+# Attention: a program takes one part of one head's keys and leaves a sum of values and a sum of weights; the next
+# kernel adds the parts up. Keys and queries stay in halves, as rotary positions pair them. The first part also takes
+# the new token, and writes its key and value to the cache.
 
 # %%
 #| export kernels/step
@@ -1341,7 +1393,8 @@ def bound_of(logits, V, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def choose_kernel(logits, seeds, picked, B, V, temperature, TOP_K: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+def choose_kernel(logits, seeds, picked, B, V, temperature, TOP_K: tl.constexpr, NOISE: tl.constexpr,
+                  BLOCK: tl.constexpr):
     """picked (2, B) float64: a token of each row, and its log-probability. Equals sampling.pick, but for ties."""
     row = tl.program_id(0)
     logits += row * V
@@ -1378,7 +1431,7 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 def product_settings(K: int, parts: int = 0) -> dict[str, int]:
-    """Tile of a product with a matrix of K columns: whole rows, about 8,192 numbers, which four warps hold in registers."""
+    """Tile of a product with a matrix of K columns: whole rows, about 8,192 numbers, in the registers of four warps."""
     columns = triton.next_power_of_2(K)
     numbers = 16384 if parts and K <= 1024 else 8192  # every program adds up all parts: fewer programs
     return dict(BLOCK_N=max(1, numbers // columns), BLOCK_K=columns, num_warps=4)
@@ -1402,8 +1455,8 @@ def norm_product(x, weights, other=None, mix=None, mixed=None, squared_relu=Fals
     """(B, N) float32: see norm_product_kernel."""
     (B, K), N = x.shape, len(weights)
     out, sizes = torch.empty(B, N, device=x.device), product_settings(K)
-    norm_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](x, other, mix, mixed, weights, out, N, K, cap, B, squared_relu,
-                                                          **sizes, **launch_options(x.device))
+    norm_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](x, other, mix, mixed, weights, out, N, K, cap, B,
+                                                          squared_relu, **sizes, **launch_options(x.device))
     return out
 
 
@@ -1412,8 +1465,8 @@ def attend(qkv, lengths, ids, cos, sin, values, store, heads, window) -> tuple[t
     (B, width), (_, _, KVH, capacity, D) = qkv.shape, store.shape
     parts, sizes = attend_settings(min(window, capacity))
     out, sums = torch.empty(B, parts, heads * D, device=qkv.device), torch.empty(B, parts, heads, device=qkv.device)
-    attend_kernel[parts, heads, B](qkv, lengths, ids, cos, sin, values, store[0], store[1], out, sums, width, KVH, capacity,
-                                   window, heads // KVH, D, **sizes, **launch_options(qkv.device))
+    attend_kernel[parts, heads, B](qkv, lengths, ids, cos, sin, values, store[0], store[1], out, sums, width, KVH,
+                                   capacity, window, heads // KVH, D, **sizes, **launch_options(qkv.device))
     return out, sums
 
 
@@ -1534,7 +1587,7 @@ def notice(what: str, error: Exception) -> None:
 
 
 def compiled_for_rows(function: Callable) -> Callable:
-    """torch.compile of a function of (x, y, …, place) with a row for each line: once for one row, once for any number."""
+    """torch.compile of a function of (x, y, …, place), a row for each line: once for one row, once for any number."""
     compiled = torch.compile(function)
 
     def run(x: Tensor, y: Tensor, *others):
@@ -1546,15 +1599,20 @@ def compiled_for_rows(function: Callable) -> Callable:
 
 # %%
 #| export graphs
+CHOICES = 32  # recorded choices of a token that are kept: a setting of a batch of 256 rows takes 20, one for each size
+
+
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
-    Rows beyond the batch run along and write into free slots. `fuse`: a few rows take KernelStep; for more, torch.compile
-    makes one kernel of what stands between two matrix products. `record` = False runs the same steps without graphs.
+    Rows beyond the batch run along and write into free slots. `fuse`: a few rows take KernelStep; for more,
+    torch.compile makes one kernel of what stands between two matrix products. `record` = False runs the same steps
+    without graphs.
     """
 
     def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
-        self.decoder, self.record, self.slots, self.graphs = Decoder(model), record, None, {}
+        self.decoder, self.record, self.slots = Decoder(model), record, None
+        self.forget()
         self.refresh, self.plain = self.decoder.refresh, (self.decoder.project, self.decoder.finish)
         self.decoder.static, self.fused, self.unsure, self.kernels = True, fuse, fuse, None
         if fuse:
@@ -1563,6 +1621,10 @@ class GraphedDecoder:
             from nanochat_lib.kernel_step import KernelStep
 
             self.kernels = KernelStep(self.decoder)
+
+    def forget(self) -> None:
+        """Let go of all recordings: of steps by (size, alone), of choices by (size, alone, *settings)."""
+        self.graphs, self.choices, self.seeds = {}, {}, None  # the choice used last stands at the end
 
     @staticmethod
     def padded(B: int, rows: int) -> int:
@@ -1575,24 +1637,30 @@ class GraphedDecoder:
         slots.inputs[:3, B:size] = 0
         slots.owners[B:size] = slots.prefixes  # no shared beginning
         if slots is not self.slots:  # a graph is bound to the memory it was recorded with
-            self.slots, self.graphs = slots, {}
+            self.slots = slots
+            self.forget()
         if not self.record or (slots.members is not None and self.decoder.look.kernel is None):
             return self.run(slots, size)[:B]
-        return self.replay((size, slots.members is None), lambda: self.run(slots, size))[:B]
+        return self.replay(self.graphs, (size, slots.members is None), lambda: self.run(slots, size))[:B]
 
     def pick(self, logits: Tensor, seeds: Tensor, settings: tuple) -> Tensor:
         """As sampling.pick, recorded too where the logits are a recorded step's."""
-        step = next((key for key, made in self.graphs.items() if made[1].data_ptr() == logits.data_ptr()), None)
+        step = next((key for key, (_, made) in self.graphs.items() if made.data_ptr() == logits.data_ptr()), None)
         if step is None or not self.record:
             return self.choose(logits, seeds, *settings)
-        whole = self.graphs[step][1]  # the logits of padded rows too
-        if "seeds" not in self.graphs:
-            self.graphs["seeds"] = None, seeds.new_zeros(self.slots.rows)
-        held = self.graphs["seeds"][1]
+        whole, key = self.graphs[step][1], (*step, *settings)  # the logits of padded rows too
+        if self.seeds is None:
+            self.seeds = seeds.new_zeros(self.slots.rows)
+        held = self.seeds
         held[:len(seeds)] = seeds
-        return self.replay((*step, *settings), lambda: self.choose(whole, held[:len(whole)], *settings))[:, :len(seeds)]
+        if key in self.choices:
+            self.choices[key] = self.choices.pop(key)
+        elif len(self.choices) == CHOICES:  # clients may send any setting
+            del self.choices[next(iter(self.choices))]
+        return self.replay(self.choices, key, lambda: self.choose(whole, held[:len(whole)], *settings))[:, :len(seeds)]
 
-    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None,
+               top_p: float | None) -> Tensor:
         """As sampling.pick, in one kernel where that can."""
         if self.kernels and (top_p is None or top_p >= 1):
             try:
@@ -1602,17 +1670,17 @@ class GraphedDecoder:
                 self.kernels = None
         return pick(logits, seeds, temperature, top_k, top_p)
 
-    def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
-        """The result of a step: recorded at first, replayed from then on. The result stays at its place."""
-        if key not in self.graphs:
+    def replay(self, made: dict[tuple, tuple], key: tuple, step: Callable[[], Tensor]) -> Tensor:
+        """The result of a step: recorded in `made` at first, replayed from then on. The result stays at its place."""
+        if key not in made:
             self.unsure = self.fused  # a new size may be compiled anew
             try:
-                self.graphs[key] = self.capture(step)
+                made[key] = self.capture(step)
             except Exception as error:  # a driver or an operation that cannot: slower, and right
                 self.record = False
                 notice("without CUDA graphs", error)
                 return step()
-        graph, result = self.graphs[key]
+        graph, result = made[key]
         graph.replay()
         return result
 
@@ -1651,9 +1719,10 @@ class GraphedDecoder:
 # %% [markdown]
 # ### On a CPU: the price of an operation
 #
-# A step of a small model is some 100 operations on a few hundred numbers each. PyTorch takes a few microseconds to start one (it looks up
-# device, dtype, layout, gradients), NumPy a fraction of that. For a single row on a CPU, a chat on a laptop, the engine therefore has
-# the step once more in NumPy: the same weights, the same slots, the formulas of lesson 04.
+# A step of a small model is some 100 operations on a few hundred numbers each. PyTorch takes a few microseconds to
+# start one (it looks up device, dtype, layout, gradients), NumPy a fraction of that. For a single row on a CPU, a chat
+# on a laptop, the engine therefore has the step once more in NumPy: the same weights, the same slots, the formulas of
+# lesson 04.
 
 # %%
 #| export numpy_step
@@ -1682,7 +1751,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 # %%
 #| export numpy_step
 class NumpyStep:
-    """GPT.forward for one token of one row, float32 on the CPU. It reads the model's own memory, so it sees training."""
+    """GPT.forward for one token of one row, float32 on the CPU. It reads the model's own memory: it sees training."""
 
     def __init__(self, model: GPT):
         self.config, self.windows = model.config, window_sizes(model.config)
@@ -1728,7 +1797,7 @@ class NumpyStep:
         return torch.from_numpy(np.tanh(logits / np.float32(SOFTCAP)) * np.float32(SOFTCAP))[None]
 
     def turn(self, qk: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries (kv head, queries of it, head dim) and keys (kv head, head dim), turned by their position and normed."""
+        """Queries (kv head, queries of it, head dim), keys (kv head, head dim), turned by their position and normed."""
         config, half = self.config, self.config.head_dim // 2
         qk, cos, sin = qk.reshape(-1, 2, half), self.cos[position], self.sin[position]
         turned = np.concatenate((qk[:, 0] * cos + qk[:, 1] * sin, qk[:, 1] * cos - qk[:, 0] * sin), axis=1)
@@ -1815,7 +1884,7 @@ class Runner:
         self.decoder.refresh()
 
     def rows_that_fit(self, capacity: int, taken: int = 0) -> int:
-        """How many rows of `capacity` positions fit into the memory for caches less `taken` bytes; NanochatError if none."""
+        """Rows of `capacity` positions that the memory holds beside `taken` bytes. NanochatError if none."""
         cuda, row = self.device.type == "cuda", cache_bytes(self.config, 1, capacity, self.model.dtype.itemsize)
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
         memory = free // 4 if self.memory is None else self.memory
@@ -1828,7 +1897,8 @@ class Runner:
     def slots(self, rows: int, capacity: int, prefixes: int, prefix_capacity: int) -> Slots:
         """Memory for a batch: as many rows, and places for shared beginnings, as are asked for and fit."""
         whole = self.rows_that_fit(capacity)
-        prefixes = min(prefixes, whole * capacity // (2 * prefix_capacity))  # at most half of the memory
+        most = whole * capacity // (2 * prefix_capacity) if whole > 1 else 0  # half of the memory: a row is left
+        prefixes = min(prefixes, most)
         taken = cache_bytes(self.config, prefixes, prefix_capacity, self.model.dtype.itemsize)
         shape = min(rows, self.rows_that_fit(capacity, taken)), capacity, prefixes, prefix_capacity
         slots, self.spare = self.spare, None
@@ -1840,7 +1910,8 @@ class Runner:
 # %% [markdown]
 # ## Rows that come and go
 #
-# Prompts enter the slots several at a time: similar lengths together, so that little is padding, and shared beginnings first.
+# Prompts enter the slots several at a time: similar lengths together, so that little is padding, and shared beginnings
+# first.
 
 # %%
 #| export prefill
@@ -1858,24 +1929,28 @@ from nanochat_lib.slots import Slots
 # %%
 #| export prefill
 Text = tuple[int, ...]
-MOST, ENOUGH = 8192, 1024  # positions of one forward: at most, and from where on padding costs more than a new one
+MOST = 8192  # positions that the cache of one forward may have
+ENOUGH = 1024  # positions from where on padding costs more than a new forward
 
 
 def chunks(texts: list[tuple[Text, list[Request]]]) -> Iterator[list[tuple[Text, list[Request]]]]:
-    """Texts of similar length, to be read together."""
+    """Texts of similar length, to be read together: each with the requests that want it behind what they share."""
     chunk: list = []
-    for text in sorted(texts, key=lambda text: len(text[0])):
-        positions = len(chunk) * len(text[0])
-        if chunk and (positions + len(text[0]) > MOST or positions > ENOUGH and len(text[0]) > 1.25 * len(chunk[0][0])):
+    shared = 0  # the longest beginning, which the cache of a chunk holds once for each text
+    for text, requests in sorted(texts, key=lambda text: len(text[0])):
+        ahead = max((request.shared or 0 for request in requests), default=0)
+        positions, shared = len(chunk) * len(text), max(shared, ahead)
+        full = (len(chunk) + 1) * (shared + len(text)) > MOST
+        if chunk and (full or positions > ENOUGH and len(text) > 1.25 * len(chunk[0][0])):
             yield chunk
-            chunk = []
-        chunk.append(text)
+            chunk, shared = [], ahead
+        chunk.append((text, requests))
     if chunk:
         yield chunk
 
 
 def read(runner: Runner, cache: KVCache, texts: list[Text]) -> torch.Tensor:
-    """Feed texts, sorted by length and padded on the right, to the cache's rows; returns the logits (B, V) after each."""
+    """Feed texts, sorted by length and padded on the right, to the cache's rows; returns logits (B, V) after each."""
     lengths = [len(text) for text in texts]
     padded = torch.tensor([text + (0,) * (lengths[-1] - len(text)) for text in texts])
     ends = torch.tensor(lengths, device=runner.device)
@@ -1954,7 +2029,7 @@ def room(request: Request, context: int) -> int:
 
 
 def has_place(request: Request, slots: Slots, context: int, fresh: list[tuple[int, ...]]) -> bool:
-    """Claim a place for the beginning a request shares; without one it stands alone, if its row has room for all of it."""
+    """Claim a place for the beginning a request shares; without one it stands alone, if its row has room for it all."""
     if not request.shared:
         return True
     here = slots.claim(head := tuple(request.prompt[:request.shared]))
@@ -1971,7 +2046,7 @@ def admit(waiting: deque[Request], slots: Slots, free: int, context: int) -> tup
     Finished are those whose prompt leaves no room for a token; fresh are shared beginnings that are to be read.
     """
     finished, joining, fresh = [], [], []
-    plan(waiting, slots.known)
+    plan(waiting, slots.known, slots.prefix_capacity if slots.prefixes else 0)
     while waiting and len(joining) < free:
         request = waiting[0]
         if room(request, context) <= 0:
@@ -1985,9 +2060,9 @@ def admit(waiting: deque[Request], slots: Slots, free: int, context: int) -> tup
     return finished, joining, fresh
 
 # %% [markdown]
-# One step of a batch: let waiting requests join, sample every row, note the tokens, let the tools speak, drop what is finished, run the model on the
-# rest. The host waits for the device once per step, for the chosen tokens. A finished row leaves a hole; the last row moves into it, so the batch
-# stays dense.
+# One step of a batch: let waiting requests join, sample every row, note the tokens, let the tools speak, drop what is
+# finished, run the model on the rest. The host waits for the device once per step, for the chosen tokens. A finished
+# row leaves a hole; the last row moves into it, so the batch stays dense.
 
 # %%
 #| export batch
@@ -2015,8 +2090,9 @@ class Batch:
     """Requests wait, join when there is room, leave when finished. One `step` is one token for each running row."""
 
     def __init__(self, engine: "Engine", slots: Slots, refill: float = 0.0):
-        self.engine, self.runner, self.slots, self.context = engine, engine.runner, slots, engine.model.config.sequence_len
-        self.refill = max(1, int(refill * slots.rows))  # so many rows must be free before new ones join: larger prefills
+        self.engine, self.runner, self.slots = engine, engine.runner, slots
+        self.context = engine.model.config.sequence_len
+        self.refill = max(1, int(refill * slots.rows))  # rows that must be free before new ones join: larger prefills
         self.notes = Notes(slots.rows, slots.capacity + 1)
         self.running = self.notes.running  # row i of the slots serves running[i]
         self.waiting: deque[Request] = deque()
@@ -2030,8 +2106,8 @@ class Batch:
     def add(self, request: Request) -> None:
         """Wait for room. NanochatError for a prompt that would not fit into an empty batch."""
         if self.slots.capacity < request.tail() and len(request.prompt) <= self.context:
-            raise NanochatError(f"the prompt has {len(request.prompt)} tokens, a row of this batch {self.slots.capacity}: "
-                                "ask the engine for a batch of larger rows")
+            raise NanochatError(f"the prompt has {len(request.prompt)} tokens, a row of this batch "
+                                f"{self.slots.capacity}: ask the engine for a batch of larger rows")
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -2051,6 +2127,9 @@ class Batch:
             finished += done
             if joining:
                 self.join(joining, fresh)
+            elif not (self.running or finished):
+                raise NanochatError(f"a request shares {self.waiting[0].shared} tokens of its prompt, and this batch "
+                                    "has no place for them: ask for a batch with `prefixes`, or set `shared` to 0")
         if self.running:
             finished += self.drop(self.settle(*self.choose()))
         if self.running:
@@ -2070,12 +2149,13 @@ class Batch:
         self.slots.group(len(self.running))
 
     def choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sample every running row: tokens and log-probabilities (B,), on the host. The step's only wait for the device."""
+        """Sample every running row: tokens and log-probabilities (B,), on the host. The only wait for the device."""
         if self.groups is None:
             alike: dict[tuple, list[int]] = {}
             for row, request in enumerate(self.running):
                 alike.setdefault(request.settings, []).append(row)
-            self.groups = [(settings, torch.tensor(rows, device=self.runner.device)) for settings, rows in alike.items()]
+            self.groups = [(settings, torch.tensor(rows, device=self.runner.device))
+                           for settings, rows in alike.items()]
         seeds = torch.from_numpy(self.notes.seeds()).to(self.runner.device, non_blocking=True)
         if len(self.groups) == 1:
             picked = self.runner.pick(self.logits, seeds, self.groups[0][0])
@@ -2130,8 +2210,8 @@ class Batch:
 # %% [markdown]
 # ## The engine
 #
-# What remains is a face for each use: `generate_many` for reinforcement learning and evaluation, `stream` for a chat, `generate` and
-# `generate_batch` for one prompt.
+# What remains is a face for each use: `generate_many` for reinforcement learning and evaluation, `stream` for a chat,
+# `generate` and `generate_batch` for one prompt.
 
 # %%
 #| export
@@ -2188,7 +2268,7 @@ class Engine:
         self.notable[[*self.stops, self.python_start, self.python_end]] = True
 
     def answer_call(self, expression: list[int]) -> list[int]:
-        """The tokens a tool call puts into the stream: the result between output markers, or nothing if there is none."""
+        """The tokens a tool call puts into the stream: the result between output markers, or none without a result."""
         result = calculate(self.tokenizer.decode(expression))
         return [] if result is None else [self.output_start, *self.tokenizer.encode(result), self.output_end]
 
@@ -2199,7 +2279,10 @@ class Engine:
     def batch(self, rows: int, capacity: int | None = None, refill: float = 0.0, prefixes: int | None = None,
               prefix_capacity: int | None = None) -> Batch:
         """An empty batch of at most `rows` rows of `capacity` positions (default and most: the model's context), and of
-        `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them."""
+        `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them.
+
+        An answer ends with the reason "length" where its row ends, even if it was allowed more tokens.
+        """
         context = self.model.config.sequence_len
         prefixes = rows // 4 if prefixes is None else prefixes
         capacity, prefix_capacity = (min(positions or context, context) for positions in (capacity, prefix_capacity))
@@ -2217,26 +2300,38 @@ class Engine:
         step = 128 if self.runner.device.type == "cuda" else 16  # sizes that recur: slots and graphs are used again
         capacity, prefix_capacity = (-(-max(positions, 1) // step) * step for positions in (capacity, prefix_capacity))
         batch = self.batch(max(1, min(rows, len(requests))), capacity, 1 / 8, min(len(heads), rows), prefix_capacity)
+        if heads and not batch.slots.prefixes:  # too little memory for beginnings: each row holds all of its prompt
+            for request in requests:
+                request.shared = 0
+            return self.batch_of(requests, rows)
         for request in sorted(requests, key=lambda request: len(request.prompt)):
             batch.add(request)
         return batch
 
+    @contextlib.contextmanager
+    def lent(self, requests: list[Request], rows: int = 256) -> Iterator[Batch]:
+        """A batch of these requests. In the end its memory, with the steps recorded there, is kept for the next one."""
+        batch = self.batch_of(requests, rows)
+        try:
+            yield batch
+        finally:
+            self.runner.spare = batch.slots
+
     def run(self, requests: list[Request], rows: int = 256, progress: bool = False) -> None:
         """Complete all requests, `rows` at a time: the general form of what follows."""
-        batch = self.batch_of(requests, rows)
-        with progress_bar(total=len(requests), desc="answers") if progress else contextlib.nullcontext() as bar:
+        bar = progress_bar(total=len(requests), desc="answers") if progress else contextlib.nullcontext()
+        with bar as told, self.lent(requests, rows) as batch:
             while batch:
                 finished = batch.step()
-                if bar is not None:
-                    bar.update(len(finished))
-        self.runner.spare = batch.slots
+                if told is not None:
+                    told.update(len(finished))
 
     def generate_many(self, prompts: list[list[int]], num_samples: int = 1, max_tokens: int | None = None,
                       temperature: float = 1.0, top_k: int | None = None, seed: int = 42, top_p: float | None = None,
                       rows: int = 256, progress: bool = False) -> list[list[Completion]]:
         """`num_samples` completions of every prompt, [prompt][sample], all in one batch that refills as rows finish."""
-        requests = [[Request(prompt, max_tokens, temperature, top_k, top_p, seed, number) for number in range(num_samples)]
-                    for prompt in prompts]
+        requests = [[Request(prompt, max_tokens, temperature, top_k, top_p, seed, number)
+                     for number in range(num_samples)] for prompt in prompts]
         self.run([request for samples in requests for request in samples], rows, progress)
         return [[request.completion for request in samples] for samples in requests]
 
@@ -2253,33 +2348,34 @@ class Engine:
         A sample that has ended goes on with <|assistant_end|>, mask 0. Stop iterating to stop generating.
         """
         said: list[tuple[int, Token]] = []
-        batch = self.batch_of([Request(tokens, max_tokens, temperature, top_k, None, seed, number,
-                                       watch=lambda token, number=number: said.append((number, token)))
-                               for number in range(num_samples)], num_samples)
-        while batch:
-            batch.step()
-            column, mask = [self.assistant_end] * num_samples, [0] * num_samples
-            for number, token in said:
-                column[number], mask[number] = token.id, int(not token.forced)
-            if said:
-                yield column, mask
-            said.clear()
+        requests = [Request(tokens, max_tokens, temperature, top_k, None, seed, number,
+                            watch=lambda token, number=number: said.append((number, token)))
+                    for number in range(num_samples)]
+        with self.lent(requests, num_samples) as batch:
+            while batch:
+                batch.step()
+                column, mask = [self.assistant_end] * num_samples, [0] * num_samples
+                for number, token in said:
+                    column[number], mask[number] = token.id, int(not token.forced)
+                if said:
+                    yield column, mask
+                said.clear()
 
-    def stream(self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
-               seed: int = 42, top_p: float | None = None, top: int = 0) -> Iterator[Token]:
+    def stream(self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0,
+               top_k: int | None = None, seed: int = 42, top_p: float | None = None, top: int = 0) -> Iterator[Token]:
         """Yield the tokens of one answer as they come, each with the text it completes; `top` alternatives on demand.
 
         Stop iterating (or close the generator) to stop. NanochatError if the prompt leaves no room in the context.
         """
         said: list[Token] = []
         request = Request(tokens, max_tokens, temperature, top_k, top_p, seed, watch=said.append, top=top)
-        batch = self.batch_of([request])
         speller = Speller(self.tokenizer)
-        while batch:
-            batch.step()
-            for token in said:
-                yield replace(token, text=speller.read(token.id, last=token.finish_reason is not None))
-            said.clear()
+        with self.lent([request]) as batch:
+            while batch:
+                batch.step()
+                for token in said:
+                    yield replace(token, text=speller.read(token.id, last=token.finish_reason is not None))
+                said.clear()
         if request.completion.finish_reason == "context" and not request.completion.tokens:
             context = self.model.config.sequence_len
             raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {context}: shorten it")
@@ -2297,7 +2393,8 @@ for prompt, [answer] in zip(prompts, answers):
     print(f"{len(prompt):2} tokens of prompt, {len(answer.tokens)} of answer: {answer.finish_reason}")
 
 # %% [markdown]
-# And the timeline: twelve requests on four rows. Each colour is a request; compare with batches of four that wait for their slowest.
+# And the timeline: twelve requests on four rows. Each colour is a request; compare with batches of four that wait for
+# their slowest.
 
 # %%
 requests = [Request([65 + i] * (4 + i), max_tokens=budget, temperature=0.0)
@@ -2308,8 +2405,8 @@ for request in requests:
     batch.add(request)
 while batch:
     before = set(zip(batch.notes.lines.tolist(), batch.running))
-    batch.step()
-    timeline.append(before | set(zip(batch.notes.lines.tolist(), batch.running)))  # those who left in this step, and those who joined
+    batch.step()  # some leave, some join
+    timeline.append(before | set(zip(batch.notes.lines.tolist(), batch.running)))
 waves = [requests[i:i + 4] for i in range(0, 12, 4)]
 fig, (above, below) = plt.subplots(2, 1, figsize=(10, 3.6), sharex=True, layout="constrained")
 colour = {request: plt.cm.tab20(i) for i, request in enumerate(requests)}
@@ -2327,8 +2424,8 @@ _ = below.set_xlabel("step (one token for each row)")
 
 
 # %% [markdown]
-# And what sharing saves. Sixteen answers to each of four questions that begin with the same instructions; memory is what the rows of the batch and the
-# shared beginnings take:
+# And what sharing saves. Sixteen answers to each of four questions that begin with the same instructions; memory is
+# what the rows of the batch and the shared beginnings take:
 
 # %%
 rules = list(range(32, 112))
@@ -2339,7 +2436,8 @@ alone = [Request(question, 24, sample=number, shared=0) for question in question
 apart = engine.batch_of(alone).slots
 for name, slots in (("shared", sharing), ("apart", apart)):
     size = (slots.tails.nbytes + slots.heads.nbytes) / 1e6
-    print(f"{name:6}: {slots.rows} rows of {slots.capacity} positions, {slots.prefixes} beginnings of {slots.prefix_capacity}: {size:.1f} MB")
+    print(f"{name:6}: {slots.rows} rows of {slots.capacity} positions, "
+          f"{slots.prefixes} beginnings of {slots.prefix_capacity}: {size:.1f} MB")
 engine.run(wishes)
 engine.run(alone)
 assert [wish.completion for wish in wishes] != [] and all(
@@ -2348,8 +2446,9 @@ assert [wish.completion for wish in wishes] != [] and all(
 # %% [markdown]
 # ## How fast?
 #
-# `python -m nanochat_lib.scripts.infer_bench` measures what the cache and the batch bring, in interleaved rounds, and how near decoding comes
-# to the bound set by memory: a token cannot be faster than reading the weights and the cache once.
+# `python -m nanochat_lib.scripts.infer_bench` measures what the cache and the batch bring, in interleaved rounds, and
+# how near decoding comes to the bound set by memory: a token cannot be faster than reading the weights and the cache
+# once.
 
 # %%
 #| export scripts/infer_bench
@@ -2425,7 +2524,7 @@ def verdict(ratio: float, target: float) -> str:
 # %%
 #| export scripts/infer_bench
 def load(settings: Settings, device: torch.device) -> Engine:
-    """The checkpoint, or a model of random weights; nothing ends an answer early: the work is the same in every round."""
+    """The checkpoint, or a model of random weights; nothing ends an answer early: all rounds have the same work."""
     if settings.source:
         model, tokenizer, _ = load_model(settings.source, device, "eval", settings.model_tag, settings.step)
     else:
@@ -2475,8 +2574,8 @@ class Bench:
 
         model, size = engine.model, engine.model.dtype.itemsize
         rates = self.contest(cached=cached, recomputing=lambda: len(list(model.generate(full, new, temperature=0.0))))
-        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} "
-               "without: " + verdict(rates["cached"] / rates["recomputing"], 10))
+        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, "
+               f"{rates['recomputing']:,.0f} without: " + verdict(rates["cached"] / rates["recomputing"], 10))
         weights = sum(p.numel() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
         seen = sum(min(window, len(full)) for window in window_sizes(config)) // config.n_layer  # on average
         moved, speed = size * weights + cache_bytes(config, 1, seen, size), bandwidth(self.device)
@@ -2508,8 +2607,8 @@ class Bench:
             return sum(len(answer.tokens) for samples in answers for answer in samples)
 
         rates = self.contest(together=lambda: ask(asked), apart=lambda: sum(ask([one]) for one in asked))
-        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} "
-               "question by question: " + verdict(rates["together"] / rates["apart"], 2.5))
+        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, "
+               f"{rates['apart']:,.0f} question by question: " + verdict(rates["together"] / rates["apart"], 2.5))
 
 # %%
 #| export scripts/infer_bench
@@ -2517,8 +2616,9 @@ class Bench:
 def infer_bench(settings: Settings) -> None:
     """Measure generation: the cache, the batch, the memory bound."""
     bench = Bench(settings)
-    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, "
-           f"context {bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
+    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, "
+           f"{bench.engine.model.num_parameters():,} parameters, context {bench.config.sequence_len}, "
+           f"{bench.device.type}, {torch.get_num_threads()} threads")
     bench.one_row()
     bench.mixed()
     bench.samples()
@@ -2528,8 +2628,9 @@ def infer_bench(settings: Settings) -> None:
 infer_bench(Settings(repeats=1, requests=16, questions=4, max_new_tokens=16, device_type="cpu"))
 
 # %% [markdown]
-# A model this small is not bound by memory on a CPU but by the hundreds of little operations of a step, each of which has a fixed price.
-# A batch shares that price, which is why it gains so much. With a larger model the second line comes nearer to 100 %.
+# A model this small is not bound by memory on a CPU but by the hundreds of little operations of a step, each of which
+# has a fixed price. A batch shares that price, which is why it gains so much. With a larger model the second line
+# comes nearer to 100 %.
 #
 # ## Exercises
 #

@@ -15,7 +15,7 @@ def room(request: Request, context: int) -> int:
 
 
 def has_place(request: Request, slots: Slots, context: int, fresh: list[tuple[int, ...]]) -> bool:
-    """Claim a place for the beginning a request shares; without one it stands alone, if its row has room for all of it."""
+    """Claim a place for the beginning a request shares; without one it stands alone, if its row has room for it all."""
     if not request.shared:
         return True
     here = slots.claim(head := tuple(request.prompt[:request.shared]))
@@ -32,7 +32,7 @@ def admit(waiting: deque[Request], slots: Slots, free: int, context: int) -> tup
     Finished are those whose prompt leaves no room for a token; fresh are shared beginnings that are to be read.
     """
     finished, joining, fresh = [], [], []
-    plan(waiting, slots.known)
+    plan(waiting, slots.known, slots.prefix_capacity if slots.prefixes else 0)
     while waiting and len(joining) < free:
         request = waiting[0]
         if room(request, context) <= 0:

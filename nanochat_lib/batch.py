@@ -22,8 +22,9 @@ class Batch:
     """Requests wait, join when there is room, leave when finished. One `step` is one token for each running row."""
 
     def __init__(self, engine: "Engine", slots: Slots, refill: float = 0.0):
-        self.engine, self.runner, self.slots, self.context = engine, engine.runner, slots, engine.model.config.sequence_len
-        self.refill = max(1, int(refill * slots.rows))  # so many rows must be free before new ones join: larger prefills
+        self.engine, self.runner, self.slots = engine, engine.runner, slots
+        self.context = engine.model.config.sequence_len
+        self.refill = max(1, int(refill * slots.rows))  # rows that must be free before new ones join: larger prefills
         self.notes = Notes(slots.rows, slots.capacity + 1)
         self.running = self.notes.running  # row i of the slots serves running[i]
         self.waiting: deque[Request] = deque()
@@ -37,8 +38,8 @@ class Batch:
     def add(self, request: Request) -> None:
         """Wait for room. NanochatError for a prompt that would not fit into an empty batch."""
         if self.slots.capacity < request.tail() and len(request.prompt) <= self.context:
-            raise NanochatError(f"the prompt has {len(request.prompt)} tokens, a row of this batch {self.slots.capacity}: "
-                                "ask the engine for a batch of larger rows")
+            raise NanochatError(f"the prompt has {len(request.prompt)} tokens, a row of this batch "
+                                f"{self.slots.capacity}: ask the engine for a batch of larger rows")
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -58,6 +59,9 @@ class Batch:
             finished += done
             if joining:
                 self.join(joining, fresh)
+            elif not (self.running or finished):
+                raise NanochatError(f"a request shares {self.waiting[0].shared} tokens of its prompt, and this batch "
+                                    "has no place for them: ask for a batch with `prefixes`, or set `shared` to 0")
         if self.running:
             finished += self.drop(self.settle(*self.choose()))
         if self.running:
@@ -77,12 +81,13 @@ class Batch:
         self.slots.group(len(self.running))
 
     def choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sample every running row: tokens and log-probabilities (B,), on the host. The step's only wait for the device."""
+        """Sample every running row: tokens and log-probabilities (B,), on the host. The only wait for the device."""
         if self.groups is None:
             alike: dict[tuple, list[int]] = {}
             for row, request in enumerate(self.running):
                 alike.setdefault(request.settings, []).append(row)
-            self.groups = [(settings, torch.tensor(rows, device=self.runner.device)) for settings, rows in alike.items()]
+            self.groups = [(settings, torch.tensor(rows, device=self.runner.device))
+                           for settings, rows in alike.items()]
         seeds = torch.from_numpy(self.notes.seeds()).to(self.runner.device, non_blocking=True)
         if len(self.groups) == 1:
             picked = self.runner.pick(self.logits, seeds, self.groups[0][0])

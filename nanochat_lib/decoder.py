@@ -106,7 +106,7 @@ class Decoder:
         lengths, config = slots.lengths[:B], self.config
         positions = lengths + slots.offsets[:B]
         heads = torch.arange(B * config.n_kv_head, device=slots.device).view(B, 1, -1)
-        values = torch.arange(2, device=slots.device)[:, None] * (slots.rows * config.n_kv_head)  # they lie behind all keys
+        values = torch.arange(2, device=slots.device)[:, None] * (slots.rows * config.n_kv_head)  # behind all keys
         places = ((heads + values) * slots.capacity + lengths[:, None, None]).flatten()
         return Place(slots.ids[:B], self.cos[positions][:, None], self.sin[positions][:, None], places)
 

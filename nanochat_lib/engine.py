@@ -50,7 +50,7 @@ class Engine:
         self.notable[[*self.stops, self.python_start, self.python_end]] = True
 
     def answer_call(self, expression: list[int]) -> list[int]:
-        """The tokens a tool call puts into the stream: the result between output markers, or nothing if there is none."""
+        """The tokens a tool call puts into the stream: the result between output markers, or none without a result."""
         result = calculate(self.tokenizer.decode(expression))
         return [] if result is None else [self.output_start, *self.tokenizer.encode(result), self.output_end]
 
@@ -61,7 +61,10 @@ class Engine:
     def batch(self, rows: int, capacity: int | None = None, refill: float = 0.0, prefixes: int | None = None,
               prefix_capacity: int | None = None) -> Batch:
         """An empty batch of at most `rows` rows of `capacity` positions (default and most: the model's context), and of
-        `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them."""
+        `prefixes` beginnings that rows may share (default: one for four rows); fewer if memory does not allow them.
+
+        An answer ends with the reason "length" where its row ends, even if it was allowed more tokens.
+        """
         context = self.model.config.sequence_len
         prefixes = rows // 4 if prefixes is None else prefixes
         capacity, prefix_capacity = (min(positions or context, context) for positions in (capacity, prefix_capacity))
@@ -79,26 +82,38 @@ class Engine:
         step = 128 if self.runner.device.type == "cuda" else 16  # sizes that recur: slots and graphs are used again
         capacity, prefix_capacity = (-(-max(positions, 1) // step) * step for positions in (capacity, prefix_capacity))
         batch = self.batch(max(1, min(rows, len(requests))), capacity, 1 / 8, min(len(heads), rows), prefix_capacity)
+        if heads and not batch.slots.prefixes:  # too little memory for beginnings: each row holds all of its prompt
+            for request in requests:
+                request.shared = 0
+            return self.batch_of(requests, rows)
         for request in sorted(requests, key=lambda request: len(request.prompt)):
             batch.add(request)
         return batch
 
+    @contextlib.contextmanager
+    def lent(self, requests: list[Request], rows: int = 256) -> Iterator[Batch]:
+        """A batch of these requests. In the end its memory, with the steps recorded there, is kept for the next one."""
+        batch = self.batch_of(requests, rows)
+        try:
+            yield batch
+        finally:
+            self.runner.spare = batch.slots
+
     def run(self, requests: list[Request], rows: int = 256, progress: bool = False) -> None:
         """Complete all requests, `rows` at a time: the general form of what follows."""
-        batch = self.batch_of(requests, rows)
-        with progress_bar(total=len(requests), desc="answers") if progress else contextlib.nullcontext() as bar:
+        bar = progress_bar(total=len(requests), desc="answers") if progress else contextlib.nullcontext()
+        with bar as told, self.lent(requests, rows) as batch:
             while batch:
                 finished = batch.step()
-                if bar is not None:
-                    bar.update(len(finished))
-        self.runner.spare = batch.slots
+                if told is not None:
+                    told.update(len(finished))
 
     def generate_many(self, prompts: list[list[int]], num_samples: int = 1, max_tokens: int | None = None,
                       temperature: float = 1.0, top_k: int | None = None, seed: int = 42, top_p: float | None = None,
                       rows: int = 256, progress: bool = False) -> list[list[Completion]]:
         """`num_samples` completions of every prompt, [prompt][sample], all in one batch that refills as rows finish."""
-        requests = [[Request(prompt, max_tokens, temperature, top_k, top_p, seed, number) for number in range(num_samples)]
-                    for prompt in prompts]
+        requests = [[Request(prompt, max_tokens, temperature, top_k, top_p, seed, number)
+                     for number in range(num_samples)] for prompt in prompts]
         self.run([request for samples in requests for request in samples], rows, progress)
         return [[request.completion for request in samples] for samples in requests]
 
@@ -115,33 +130,34 @@ class Engine:
         A sample that has ended goes on with <|assistant_end|>, mask 0. Stop iterating to stop generating.
         """
         said: list[tuple[int, Token]] = []
-        batch = self.batch_of([Request(tokens, max_tokens, temperature, top_k, None, seed, number,
-                                       watch=lambda token, number=number: said.append((number, token)))
-                               for number in range(num_samples)], num_samples)
-        while batch:
-            batch.step()
-            column, mask = [self.assistant_end] * num_samples, [0] * num_samples
-            for number, token in said:
-                column[number], mask[number] = token.id, int(not token.forced)
-            if said:
-                yield column, mask
-            said.clear()
+        requests = [Request(tokens, max_tokens, temperature, top_k, None, seed, number,
+                            watch=lambda token, number=number: said.append((number, token)))
+                    for number in range(num_samples)]
+        with self.lent(requests, num_samples) as batch:
+            while batch:
+                batch.step()
+                column, mask = [self.assistant_end] * num_samples, [0] * num_samples
+                for number, token in said:
+                    column[number], mask[number] = token.id, int(not token.forced)
+                if said:
+                    yield column, mask
+                said.clear()
 
-    def stream(self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
-               seed: int = 42, top_p: float | None = None, top: int = 0) -> Iterator[Token]:
+    def stream(self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0,
+               top_k: int | None = None, seed: int = 42, top_p: float | None = None, top: int = 0) -> Iterator[Token]:
         """Yield the tokens of one answer as they come, each with the text it completes; `top` alternatives on demand.
 
         Stop iterating (or close the generator) to stop. NanochatError if the prompt leaves no room in the context.
         """
         said: list[Token] = []
         request = Request(tokens, max_tokens, temperature, top_k, top_p, seed, watch=said.append, top=top)
-        batch = self.batch_of([request])
         speller = Speller(self.tokenizer)
-        while batch:
-            batch.step()
-            for token in said:
-                yield replace(token, text=speller.read(token.id, last=token.finish_reason is not None))
-            said.clear()
+        with self.lent([request]) as batch:
+            while batch:
+                batch.step()
+                for token in said:
+                    yield replace(token, text=speller.read(token.id, last=token.finish_reason is not None))
+                said.clear()
         if request.completion.finish_reason == "context" and not request.completion.tokens:
             context = self.model.config.sequence_len
             raise NanochatError(f"the prompt has {len(tokens)} tokens, the context {context}: shorten it")

@@ -20,7 +20,7 @@ def notice(what: str, error: Exception) -> None:
 
 
 def compiled_for_rows(function: Callable) -> Callable:
-    """torch.compile of a function of (x, y, …, place) with a row for each line: once for one row, once for any number."""
+    """torch.compile of a function of (x, y, …, place), a row for each line: once for one row, once for any number."""
     compiled = torch.compile(function)
 
     def run(x: Tensor, y: Tensor, *others):
@@ -31,15 +31,20 @@ def compiled_for_rows(function: Callable) -> Callable:
     return run
 
 
+CHOICES = 32  # recorded choices of a token that are kept: a setting of a batch of 256 rows takes 20, one for each size
+
+
 class GraphedDecoder:
     """A Decoder on a GPU whose steps are recorded as CUDA graphs, for batches of 1, 2, 4, 8, 16, 32, 48… rows.
 
-    Rows beyond the batch run along and write into free slots. `fuse`: a few rows take KernelStep; for more, torch.compile
-    makes one kernel of what stands between two matrix products. `record` = False runs the same steps without graphs.
+    Rows beyond the batch run along and write into free slots. `fuse`: a few rows take KernelStep; for more,
+    torch.compile makes one kernel of what stands between two matrix products. `record` = False runs the same steps
+    without graphs.
     """
 
     def __init__(self, model: GPT, fuse: bool = True, record: bool = True):
-        self.decoder, self.record, self.slots, self.graphs = Decoder(model), record, None, {}
+        self.decoder, self.record, self.slots = Decoder(model), record, None
+        self.forget()
         self.refresh, self.plain = self.decoder.refresh, (self.decoder.project, self.decoder.finish)
         self.decoder.static, self.fused, self.unsure, self.kernels = True, fuse, fuse, None
         if fuse:
@@ -48,6 +53,10 @@ class GraphedDecoder:
             from nanochat_lib.kernel_step import KernelStep
 
             self.kernels = KernelStep(self.decoder)
+
+    def forget(self) -> None:
+        """Let go of all recordings: of steps by (size, alone), of choices by (size, alone, *settings)."""
+        self.graphs, self.choices, self.seeds = {}, {}, None  # the choice used last stands at the end
 
     @staticmethod
     def padded(B: int, rows: int) -> int:
@@ -60,24 +69,30 @@ class GraphedDecoder:
         slots.inputs[:3, B:size] = 0
         slots.owners[B:size] = slots.prefixes  # no shared beginning
         if slots is not self.slots:  # a graph is bound to the memory it was recorded with
-            self.slots, self.graphs = slots, {}
+            self.slots = slots
+            self.forget()
         if not self.record or (slots.members is not None and self.decoder.look.kernel is None):
             return self.run(slots, size)[:B]
-        return self.replay((size, slots.members is None), lambda: self.run(slots, size))[:B]
+        return self.replay(self.graphs, (size, slots.members is None), lambda: self.run(slots, size))[:B]
 
     def pick(self, logits: Tensor, seeds: Tensor, settings: tuple) -> Tensor:
         """As sampling.pick, recorded too where the logits are a recorded step's."""
-        step = next((key for key, made in self.graphs.items() if made[1].data_ptr() == logits.data_ptr()), None)
+        step = next((key for key, (_, made) in self.graphs.items() if made.data_ptr() == logits.data_ptr()), None)
         if step is None or not self.record:
             return self.choose(logits, seeds, *settings)
-        whole = self.graphs[step][1]  # the logits of padded rows too
-        if "seeds" not in self.graphs:
-            self.graphs["seeds"] = None, seeds.new_zeros(self.slots.rows)
-        held = self.graphs["seeds"][1]
+        whole, key = self.graphs[step][1], (*step, *settings)  # the logits of padded rows too
+        if self.seeds is None:
+            self.seeds = seeds.new_zeros(self.slots.rows)
+        held = self.seeds
         held[:len(seeds)] = seeds
-        return self.replay((*step, *settings), lambda: self.choose(whole, held[:len(whole)], *settings))[:, :len(seeds)]
+        if key in self.choices:
+            self.choices[key] = self.choices.pop(key)
+        elif len(self.choices) == CHOICES:  # clients may send any setting
+            del self.choices[next(iter(self.choices))]
+        return self.replay(self.choices, key, lambda: self.choose(whole, held[:len(whole)], *settings))[:, :len(seeds)]
 
-    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    def choose(self, logits: Tensor, seeds: Tensor, temperature: float, top_k: int | None,
+               top_p: float | None) -> Tensor:
         """As sampling.pick, in one kernel where that can."""
         if self.kernels and (top_p is None or top_p >= 1):
             try:
@@ -87,17 +102,17 @@ class GraphedDecoder:
                 self.kernels = None
         return pick(logits, seeds, temperature, top_k, top_p)
 
-    def replay(self, key: tuple, step: Callable[[], Tensor]) -> Tensor:
-        """The result of a step: recorded at first, replayed from then on. The result stays at its place."""
-        if key not in self.graphs:
+    def replay(self, made: dict[tuple, tuple], key: tuple, step: Callable[[], Tensor]) -> Tensor:
+        """The result of a step: recorded in `made` at first, replayed from then on. The result stays at its place."""
+        if key not in made:
             self.unsure = self.fused  # a new size may be compiled anew
             try:
-                self.graphs[key] = self.capture(step)
+                made[key] = self.capture(step)
             except Exception as error:  # a driver or an operation that cannot: slower, and right
                 self.record = False
                 notice("without CUDA graphs", error)
                 return step()
-        graph, result = self.graphs[key]
+        graph, result = made[key]
         graph.replay()
         return result
 

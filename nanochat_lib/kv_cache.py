@@ -10,8 +10,8 @@ from nanochat_lib.gpt import GPTConfig
 class KVCache:
     """Keys and values of every layer for up to `rows` sequences, each with its own length.
 
-    One tensor (2, layer, row, kv head, position, head dim), made at first use; the model sees the first `len(lengths)` rows.
-    Places behind a row's length may hold anything finite: they are overwritten before they are seen.
+    One tensor (2, layer, row, kv head, position, head dim), made at first use; the model sees the first `len(lengths)`
+    rows. Places behind a row's length may hold anything finite: they are overwritten before they are seen.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int):
@@ -23,7 +23,7 @@ class KVCache:
         self.longest = 0  # max(lengths), known without asking the device
 
     def allocate(self, like: torch.Tensor) -> None:
-        """Make the store for keys like this (…, KVH, D): zeros, since attention weighs unseen values 0, and 0 · nan is nan."""
+        """Make the store for keys like this (…, KVH, D): zeros, since unseen values weigh 0, and 0 · nan is nan."""
         if self.store is None:
             self.store = like.new_zeros(2, self.n_layer, self.rows, like.size(-2), self.capacity, like.size(-1))
 

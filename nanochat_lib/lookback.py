@@ -75,7 +75,8 @@ class LookBack:
             offsets = slots.offsets[members]
             ends = torch.where(slots.members < 0, 0, offsets)
             positions, keys = slots.lengths[members] + offsets, slots.places[:slots.prefix_capacity]
-            self.shared = {window: seen_bias(positions, keys, ends, window, *self.heads) for window in set(self.windows)}
+            self.shared = {window: seen_bias(positions, keys, ends, window, *self.heads)
+                           for window in set(self.windows)}
 
     def attend(self, layer: int, q: Tensor, slots: Slots) -> Tensor:
         """q (B, H, D) over everything its rows hold → (B, C)."""
@@ -97,8 +98,9 @@ class LookBack:
             self.add_shared(q, slots.heads[layer], slots.members, self.shared[window], total, weight)
         return total.div_(weight).view(B, -1).to(q.dtype)
 
-    def add_shared(self, q: Tensor, store: Tensor, members: Tensor, bias: Tensor, total: Tensor, weight: Tensor) -> None:
-        """Add what q (B, H, D) sees in shared beginnings (2, prefix, kv head, S, D): one product for all rows on one."""
+    def add_shared(self, q: Tensor, store: Tensor, members: Tensor, bias: Tensor, total: Tensor,
+                   weight: Tensor) -> None:
+        """Add what q (B, H, D) sees in shared beginnings (2, prefix, kv head, S, D): a product for all rows on one."""
         (P, n), KVH, D = members.shape, self.config.n_kv_head, q.size(-1)
         rows = members.clamp(min=0).flatten()
         asked = q[rows].view(P, n, KVH, -1, D).transpose(1, 2).reshape(P * KVH, -1, D)

@@ -22,7 +22,8 @@ class Notes:
         self.running: list[Request] = []
         self.line, self.free = np.zeros(rows, np.int64), list(range(rows))
         self.keys = np.zeros(rows, np.uint64)
-        self.lengths, self.shared, self.counts, self.budgets, self.calls, self.forced_until = np.zeros((6, rows), np.int64)
+        self.lengths, self.shared, self.counts = np.zeros((3, rows), np.int64)
+        self.budgets, self.calls, self.forced_until = np.zeros((3, rows), np.int64)
         self.tokens = np.zeros((rows, width), np.int64)
         self.mask, self.logprobs = np.zeros(self.tokens.shape, np.int64), np.zeros(self.tokens.shape)
 
@@ -48,7 +49,7 @@ class Notes:
         return self.tokens[line, counts - 1], self.lengths[line] + counts - 1 - shared, shared
 
     def write(self, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Note a token of each row, forced ones in place of sampled ones; returns tokens, logprobs and forced, each (B,)."""
+        """Note a token of each row, forced ones in place of sampled ones; returns tokens, logprobs, forced (B,)."""
         line = self.lines
         counts = self.counts[line]
         forced = counts < self.forced_until[line]
@@ -58,11 +59,12 @@ class Notes:
         return tokens, logprobs, forced
 
     def ended(self, engine: "Engine", tokens: np.ndarray, forced: np.ndarray) -> dict[int, str]:
-        """{row: finish reason} of rows that end with these tokens. Tool calls are followed, and answered, on the way."""
+        """{row: finish reason} of rows that end with these tokens. Tool calls are followed and answered on the way."""
         line, ended = self.lines, {}
-        counts = self.counts[line]
+        counts, context = self.counts[line], engine.model.config.sequence_len
         for row in np.flatnonzero(counts >= self.budgets[line]).tolist():
-            ended[row] = "length" if counts[row] == self.running[row].max_tokens else "context"
+            full = self.lengths[line[row]] + counts[row] > context and counts[row] != self.running[row].max_tokens
+            ended[row] = "context" if full else "length"
         for row in np.flatnonzero(engine.notable[tokens] & ~forced).tolist():
             if tokens[row] in engine.stops:
                 ended[row] = "stop"

@@ -22,7 +22,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 class NumpyStep:
-    """GPT.forward for one token of one row, float32 on the CPU. It reads the model's own memory, so it sees training."""
+    """GPT.forward for one token of one row, float32 on the CPU. It reads the model's own memory: it sees training."""
 
     def __init__(self, model: GPT):
         self.config, self.windows = model.config, window_sizes(model.config)
@@ -68,7 +68,7 @@ class NumpyStep:
         return torch.from_numpy(np.tanh(logits / np.float32(SOFTCAP)) * np.float32(SOFTCAP))[None]
 
     def turn(self, qk: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries (kv head, queries of it, head dim) and keys (kv head, head dim), turned by their position and normed."""
+        """Queries (kv head, queries of it, head dim), keys (kv head, head dim), turned by their position and normed."""
         config, half = self.config, self.config.head_dim // 2
         qk, cos, sin = qk.reshape(-1, 2, half), self.cos[position], self.sin[position]
         turned = np.concatenate((qk[:, 0] * cos + qk[:, 1] * sin, qk[:, 1] * cos - qk[:, 0] * sin), axis=1)

@@ -12,24 +12,28 @@ from nanochat_lib.slots import Slots
 
 
 Text = tuple[int, ...]
-MOST, ENOUGH = 8192, 1024  # positions of one forward: at most, and from where on padding costs more than a new one
+MOST = 8192  # positions that the cache of one forward may have
+ENOUGH = 1024  # positions from where on padding costs more than a new forward
 
 
 def chunks(texts: list[tuple[Text, list[Request]]]) -> Iterator[list[tuple[Text, list[Request]]]]:
-    """Texts of similar length, to be read together."""
+    """Texts of similar length, to be read together: each with the requests that want it behind what they share."""
     chunk: list = []
-    for text in sorted(texts, key=lambda text: len(text[0])):
-        positions = len(chunk) * len(text[0])
-        if chunk and (positions + len(text[0]) > MOST or positions > ENOUGH and len(text[0]) > 1.25 * len(chunk[0][0])):
+    shared = 0  # the longest beginning, which the cache of a chunk holds once for each text
+    for text, requests in sorted(texts, key=lambda text: len(text[0])):
+        ahead = max((request.shared or 0 for request in requests), default=0)
+        positions, shared = len(chunk) * len(text), max(shared, ahead)
+        full = (len(chunk) + 1) * (shared + len(text)) > MOST
+        if chunk and (full or positions > ENOUGH and len(text) > 1.25 * len(chunk[0][0])):
             yield chunk
-            chunk = []
-        chunk.append(text)
+            chunk, shared = [], ahead
+        chunk.append((text, requests))
     if chunk:
         yield chunk
 
 
 def read(runner: Runner, cache: KVCache, texts: list[Text]) -> torch.Tensor:
-    """Feed texts, sorted by length and padded on the right, to the cache's rows; returns the logits (B, V) after each."""
+    """Feed texts, sorted by length and padded on the right, to the cache's rows; returns logits (B, V) after each."""
     lengths = [len(text) for text in texts]
     padded = torch.tensor([text + (0,) * (lengths[-1] - len(text)) for text in texts])
     ends = torch.tensor(lengths, device=runner.device)

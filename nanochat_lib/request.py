@@ -22,7 +22,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer without its prompt and without the token that ended it. mask: 1 chosen by the model, 0 forced by a tool."""
+    """An answer without its prompt and the token that ended it. mask: 1 chosen by the model, 0 forced by a tool."""
 
     tokens: list[int]
     mask: list[int]
@@ -33,7 +33,10 @@ class Completion:
 
 @dataclass(eq=False)
 class Request:
-    """One row of a batch: what is wanted and, once it has left the batch, its completion. NanochatError without a prompt."""
+    """One row of a batch: what is wanted and, once it has left the batch, its completion.
+
+    NanochatError without a prompt, or for settings out of range.
+    """
 
     prompt: list[int]
     max_tokens: int | None = None  # None: until the context is full
@@ -53,6 +56,8 @@ class Request:
             raise NanochatError("nothing to continue: a prompt has at least one token (a document starts with <|bos|>)")
         if not 0 <= self.temperature < float("inf") or (self.top_k or 0) < 0 or not 0 < (self.top_p or 1) <= 1:
             raise NanochatError("sampling settings out of range: temperature and top-k are 0 or more, top-p in (0, 1]")
+        if (self.max_tokens or 0) < 0:
+            raise NanochatError(f"max_tokens is {self.max_tokens}: an answer has 0 or more")
         self.settings = (self.temperature, self.top_k, self.top_p)
 
     def key(self) -> int:

@@ -56,7 +56,7 @@ class Runner:
         self.decoder.refresh()
 
     def rows_that_fit(self, capacity: int, taken: int = 0) -> int:
-        """How many rows of `capacity` positions fit into the memory for caches less `taken` bytes; NanochatError if none."""
+        """Rows of `capacity` positions that the memory holds beside `taken` bytes. NanochatError if none."""
         cuda, row = self.device.type == "cuda", cache_bytes(self.config, 1, capacity, self.model.dtype.itemsize)
         free = torch.cuda.mem_get_info(self.device)[0] if cuda else psutil.virtual_memory().available
         memory = free // 4 if self.memory is None else self.memory
@@ -69,7 +69,8 @@ class Runner:
     def slots(self, rows: int, capacity: int, prefixes: int, prefix_capacity: int) -> Slots:
         """Memory for a batch: as many rows, and places for shared beginnings, as are asked for and fit."""
         whole = self.rows_that_fit(capacity)
-        prefixes = min(prefixes, whole * capacity // (2 * prefix_capacity))  # at most half of the memory
+        most = whole * capacity // (2 * prefix_capacity) if whole > 1 else 0  # half of the memory: a row is left
+        prefixes = min(prefixes, most)
         taken = cache_bytes(self.config, prefixes, prefix_capacity, self.model.dtype.itemsize)
         shape = min(rows, self.rows_that_fit(capacity, taken)), capacity, prefixes, prefix_capacity
         slots, self.spare = self.spare, None

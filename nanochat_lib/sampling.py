@@ -17,7 +17,7 @@ def draw_seeds(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def gumbel(seeds: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise for tokens `ids` (V,) or (B, k), from each row's seed (B,) int32: a hash, not a generator → (B, V or k)."""
+    """Gumbel noise (B, V or k) for tokens `ids` (V,) or (B, k), from each row's seed (B,) int32: a plain hash."""
     x = (ids.int() * -1640531535) ^ seeds[:, None]  # spread the ids over 32 bits; products wrap around
     for multiplier in (-2048144789, -1028477387):  # the finish of MurmurHash3 (Appleby 2011)
         x = (x ^ (x >> 15)).mul_(multiplier)
@@ -29,8 +29,9 @@ def sample(logits: torch.Tensor, seeds: torch.Tensor, temperature: float = 1.0, 
            top_p: float | None = None) -> torch.Tensor:
     """One token per row of logits (B, V), with the randomness of seeds (B,) int32 → (B,) int64.
 
-    Temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p. The largest
-    of logit / temperature + Gumbel noise is a draw from the softmax (Gumbel 1954), and hardly ever depends on rounding.
+    Temperature 0 takes the likeliest. top_k keeps the k likeliest, top_p the fewest whose probabilities reach p. The
+    largest of logit / temperature + Gumbel noise is a draw from the softmax (Gumbel 1954), and hardly ever depends on
+    rounding.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)

@@ -50,11 +50,15 @@ def shared_beginnings(prompts: Counter[tuple[int, ...]]) -> dict[tuple[int, ...]
             for group in groups for prompt in group.prompts}
 
 
-def plan(requests: list[Request], kept: list[tuple[int, ...]] = ()) -> None:
-    """Set `shared` of requests not looked at yet: first what is `kept` already, then what they have in common."""
+def plan(requests: list[Request], kept: list[tuple[int, ...]] = (), most: int | None = None) -> None:
+    """Set `shared` of requests not looked at yet: first what is `kept` already, then what they have in common.
+
+    `most`: tokens of the longest beginning for which there is a place.
+    """
     new = [request for request in requests if request.shared is None]
     wanted = Counter(tuple(request.prompt) for request in new)
     lengths = {prompt: max((len(head) for head in kept if prompt[:len(head)] == head), default=0) for prompt in wanted}
     lengths |= shared_beginnings(Counter({prompt: n for prompt, n in wanted.items() if not lengths[prompt]}))
     for request in new:
-        request.shared = lengths[tuple(request.prompt)]
+        length = lengths[tuple(request.prompt)]
+        request.shared = length if most is None else min(length, most)

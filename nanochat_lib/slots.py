@@ -20,14 +20,15 @@ class Slots:
         config, self.device = model.config, model.lm_head.weight.device
         self.rows, self.capacity, self.prefixes, self.prefix_capacity = rows, capacity, prefixes, prefix_capacity
         place = dict(dtype=model.dtype, device=self.device)
-        self.tails, self.heads = (torch.zeros(config.n_layer, 2, n, config.n_kv_head, positions, config.head_dim, **place)
+        layers, heads, D = config.n_layer, config.n_kv_head, config.head_dim
+        self.tails, self.heads = (torch.zeros(layers, 2, n, heads, positions, D, **place)
                                   for n, positions in ((rows, capacity), (prefixes, prefix_capacity)))
         self.previous = torch.zeros(rows, config.n_embd, **place)  # each row's last embedding before smear
         self.head_previous = torch.zeros(prefixes, config.n_embd, **place)
         self.head_logits = torch.zeros(prefixes, config.vocab_size, device=self.device)  # after each beginning
-        self.head_lengths = torch.zeros(prefixes + 1, dtype=torch.int64, device=self.device)  # the last one: no beginning
+        self.head_lengths = torch.zeros(prefixes + 1, dtype=torch.int64, device=self.device)  # the last: no beginning
         self.inputs = torch.zeros(4, rows, dtype=torch.int64, device=self.device)
-        self.ids, self.lengths, self.offsets, self.owners = self.inputs  # coming token, tokens in the tail, shared, where
+        self.ids, self.lengths, self.offsets, self.owners = self.inputs  # coming token, own tokens, shared ones, where
         self.places = torch.arange(max(capacity, prefix_capacity), device=self.device)
         self.longest = 0  # max(lengths), known without asking the device
         self.members: torch.Tensor | None = None  # (prefixes, n) rows that stand on each, padded with −1
@@ -40,7 +41,7 @@ class Slots:
         self.users = [0] * self.prefixes
 
     def claim(self, head: tuple[int, ...]) -> bool | None:
-        """One more row will stand on `head`: True if it is here, False if it is to be filled, None if it has no place."""
+        """One more row will stand on `head`: True if it is here, False if it is to be filled, None without a place."""
         place = self.known.pop(head, None)
         here = place is not None
         if not here and len(head) <= self.prefix_capacity:
@@ -56,7 +57,8 @@ class Slots:
     def keep_head(self, place: int, cache: KVCache, row: int, length: int, logits: torch.Tensor) -> None:
         """Copy a beginning out of a prefill."""
         self.heads[:, :, place, :, :length] = cache.store[:, :, row, :, :length].transpose(0, 1)
-        self.head_previous[place], self.head_logits[place], self.head_lengths[place] = cache.previous[row], logits, length
+        self.head_previous[place], self.head_logits[place] = cache.previous[row], logits
+        self.head_lengths[place] = length
 
     def fill(self, cache: KVCache, places: list[int], lengths: list[int]) -> None:
         """Begin a cache of len(places) rows with these shared beginnings."""
@@ -74,7 +76,7 @@ class Slots:
         self.previous[rows], self.longest = cache.previous[index], max(self.longest, end - start)
 
     def stand(self, at: int, places: list[int]) -> None:
-        """The rows from `at` on stand on these shared beginnings; their users were counted when they claimed a place."""
+        """The rows from `at` on stand on these shared beginnings; claiming a place has counted them as users."""
         self.shares[at:at + len(places)] = places
 
     def leave(self, row: int) -> None:

@@ -12,20 +12,29 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg}
 QUOTED = r"'[^'\\]*'|\"[^\"\\]*\""
 ALLOWED = re.compile(rf"(?:[0-9\s.+\-*/%()]|{QUOTED}|(?<=['\"])\.count\()*")  # no letter outside quotes, so no names
-COMMA = re.compile(rf"({QUOTED})|(?<=\d),(?=\d{{3}}(?!\d))")  # a thousands comma, not one in a quoted word
+GROUPED = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"  # 1,234,567: commas of thousands, none behind a decimal point
+WORDS = re.compile(rf"(?P<quoted>{QUOTED})|(?P<grouped>{GROUPED})|\s+")
 
 
-def evaluate(node: ast.AST, depth: int = 0) -> Fraction:
-    """The exact value of an expression's tree. Raises ValueError or ArithmeticError for what a calculator has no key for."""
+def tidy(match: re.Match) -> str:
+    """A number without its commas, one blank for several; a quoted word stays as it is."""
+    return match["quoted"] or (match["grouped"] or " ").replace(",", "")
+
+
+def evaluate(node: ast.AST, source: bytes, depth: int = 0) -> Fraction:
+    """The exact value of the tree parsed from `source`.
+
+    Raises ValueError or ArithmeticError for what a calculator has no key for.
+    """
     if depth > MAX_DEPTH:
         raise ValueError("nested too deep")
     match node:
-        case ast.Constant(value=int() | float() as number):
-            value = Fraction(str(number))  # the decimal that was typed, not its nearest binary
+        case ast.Constant(value=int() | float()):  # the decimal that was typed, not its nearest binary
+            value = Fraction(source[node.col_offset:node.end_col_offset].decode())
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            value = Fraction(OPERATORS[type(op)](evaluate(left, depth + 1), evaluate(right, depth + 1)))
+            value = Fraction(OPERATORS[type(op)](evaluate(left, source, depth + 1), evaluate(right, source, depth + 1)))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            value = OPERATORS[type(op)](evaluate(operand, depth + 1))
+            value = OPERATORS[type(op)](evaluate(operand, source, depth + 1))
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
                       args=[ast.Constant(value=str() as part)], keywords=[]):
             value = Fraction(text.count(part))
@@ -37,18 +46,20 @@ def evaluate(node: ast.AST, depth: int = 0) -> Fraction:
 
 
 def calculate(expression: str) -> str | None:
-    """The value of `expression` as decimal text (ten significant digits), or None if it is not one. Never raises.
+    """The value of `expression` as decimal text, or None if it is not one. Never raises.
 
-    Knows numbers (with thousands commas), + - * / // %, parentheses and 'word'.count('r'). Nothing is executed; length,
+    Whole values are exact; others have ten significant digits, or two behind the point where those are more. Knows
+    numbers (with thousands commas), + - * / // %, parentheses and 'word'.count('r'). Nothing is executed; length,
     nesting and digits are bounded, and so is time (well under a millisecond).
     """
-    text = COMMA.sub(lambda match: match[1] or "", expression[:MAX_LENGTH + 1].strip())
+    text = WORDS.sub(tidy, expression[:MAX_LENGTH + 1].strip())
     if len(expression) > MAX_LENGTH or not ALLOWED.fullmatch(text):
         return None
     try:
-        value = evaluate(ast.parse(" ".join(text.split()), mode="eval").body)
+        value = evaluate(ast.parse(text, mode="eval").body, text.encode())
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
     if value.denominator == 1:
         return str(value.numerator)
-    return f"{Context(prec=10).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"
+    digits = max(10, len(str(abs(int(value)))) + 2)
+    return f"{Context(prec=digits).divide(Decimal(value.numerator), Decimal(value.denominator)).normalize():f}"

@@ -14,7 +14,7 @@ from nanochat_lib.attention import reference_attention
 from nanochat_lib.common import NanochatError
 from nanochat_lib.decoder import Decoder
 from nanochat_lib.engine import Engine
-from nanochat_lib.graphs import GraphedDecoder
+from nanochat_lib.graphs import CHOICES, GraphedDecoder
 from nanochat_lib.kv_cache import KVCache, cache_bytes
 from nanochat_lib.lookback import look_back, runs_of
 from nanochat_lib.prefill import chunks
@@ -190,6 +190,83 @@ def test_what_never_fits_is_refused(make_model, tokenizer):
     batch.add(Request([1] * 10))
 
 
+def positions(model, count):
+    return cache_bytes(model.config, 1, count)
+
+
+def finish(batch, steps=200):
+    """Step until all is done; it must not take more than so many steps."""
+    while len(batch):
+        batch.step()
+        assert (steps := steps - 1), "a batch that never ends"
+
+
+def test_samples_fit_where_their_shared_beginning_does_not(make_model, tokenizer):
+    model = make_model(seed=14, sequence_len=256)
+    engine, stem = Engine(model, tokenizer, memory=positions(model, 320)), tokens_of(100, 200)
+    requests = [Request(stem, 16, temperature=0.0, sample=number) for number in range(2)]
+    batch = engine.batch_of(requests)
+    assert (batch.slots.rows, batch.slots.prefixes) == (1, 0) and batch.slots.capacity >= 215
+    finish(batch)
+    assert [request.completion.tokens for request in requests] == [naive(engine, stem, 16)] * 2
+    mixed = [Request(tokens_of(101, 200), 9, temperature=0.0), *(Request(stem[:20], 5, temperature=0.0) for _ in "ab")]
+    finish(Engine(model, tokenizer, memory=positions(model, 210)).batch_of(mixed))  # no byte for a beginning
+    assert [r.completion.tokens for r in mixed] == [naive(engine, r.prompt, r.max_tokens) for r in mixed]
+
+
+@pytest.mark.parametrize("places", [dict(prefixes=0), dict(prefixes=2, prefix_capacity=17)], ids=str)
+def test_rows_take_a_beginning_that_has_no_place(engine, places):
+    batch, stem = engine.batch(4, capacity=40, **places), tokens_of(102, 30)
+    requests = [Request(stem + [i], 30, temperature=0.0) for i in range(3)]
+    for request in requests:
+        batch.add(request)
+    finish(batch)
+    for request in requests:
+        answer = request.completion.tokens
+        assert answer == naive(engine, request.prompt, 30)[:len(answer)]
+        assert request.completion.finish_reason == "stop" or len(answer) >= 10
+
+
+def test_a_batch_in_which_nothing_can_run_says_so(engine):
+    batch = engine.batch(2, capacity=16, prefixes=0)
+    batch.add(Request(tokens_of(103, 30), 5, shared=30))  # planned for another batch
+    with pytest.raises(NanochatError, match="shares 30 tokens of its prompt, and this batch has no place"):
+        batch.step()
+
+
+def test_a_full_row_ends_its_answer(engine):
+    """A row may be shorter than the context: its answer is then as long as was allowed."""
+    engine.notable[:], before = False, engine.notable.copy()
+    try:
+        batch = engine.batch(2, capacity=20)
+        cut, whole, full = Request([5] * 10, 30), Request([6] * 10, 11), Request([7] * 60, 11)
+        for request in (cut, whole):
+            batch.add(request)
+        finish(batch)
+        engine.run([full])
+    finally:
+        engine.notable[:] = before
+    ends = [(len(request.completion.tokens), request.completion.finish_reason) for request in (cut, whole, full)]
+    assert ends == [(11, "length"), (11, "length"), (5, "context")]
+
+
+def test_a_prefill_counts_the_beginnings_it_copies(make_model, tokenizer, monkeypatch):
+    model = make_model(seed=15, sequence_len=512)
+    engine, made, stem = Engine(model, tokenizer, memory=positions(model, 8000)), [], tokens_of(104, 300)
+
+    def cache(config, rows, capacity):
+        made.append(rows * capacity)
+        return KVCache(config, rows, capacity)
+
+    monkeypatch.setattr("nanochat_lib.prefill.KVCache", cache)
+    requests = [Request(stem + [i % 250, i // 250], 1, temperature=0.0) for i in range(200)]
+    engine.run(requests)
+    assert max(made) <= 8192 and requests[0].shared == 300
+    for request in requests[::67]:
+        engine.run([alone := Request(request.prompt, 1, temperature=0.0)])
+        assert alone.completion.tokens == request.completion.tokens
+
+
 def test_beginnings_are_kept_once_and_until_their_place_is_needed(engine):
     stems = [tokens_of(20 + i, 20) for i in range(3)]
     batch = engine.batch(4, prefixes=2)
@@ -250,9 +327,9 @@ def test_runs_cover_all_rows():
 
 
 def test_chunks_hold_all_texts_with_little_padding():
-    texts = [((1,) * (1 + (7 * i) % 300), [i]) for i in range(300)]
+    texts = [((1,) * (1 + (7 * i) % 300), [Request([1], sample=i)]) for i in range(300)]
     parts = list(chunks(texts))
-    assert sorted(i for part in parts for _, [i] in part) == list(range(300))
+    assert sorted(request.sample for part in parts for _, [request] in part) == list(range(300))
     real, padded = sum(len(text) for text, _ in texts), sum(len(part) * len(part[-1][0]) for part in parts)
     assert padded < 1.3 * real and max(len(part) * len(part[-1][0]) for part in parts) <= 8192
 
@@ -305,17 +382,24 @@ def decode_with_prompts(q, k, v, totals, window, shared):
     return torch.cat(rows)
 
 
-def test_recorded_steps_follow_the_batch(make_model, tokenizer, monkeypatch):
-    """Rows on shared beginnings come and go, at the same batch size: no step and no choice may be another step's."""
+@pytest.fixture
+def recording(make_model, tokenizer, monkeypatch):
+    """An engine whose steps are recorded; `recorded` of its decoder are all that ever were."""
     engine = Engine(make_model(seed=12), tokenizer)
     engine.runner.decoder, engine.runner.numpy_step = decoder, _ = GraphedDecoder(engine.model, fuse=False), None
-    decoder.decoder.look.kernel = decode_with_prompts
+    decoder.decoder.look.kernel, decoder.recorded = decode_with_prompts, []
 
     def capture(self, step):
-        made = Replayed(step, self.slots)
+        self.recorded.append(made := Replayed(step, self.slots))
         return made, made.result
 
     monkeypatch.setattr(GraphedDecoder, "capture", capture)
+    return engine
+
+
+def test_recorded_steps_follow_the_batch(recording):
+    """Rows on shared beginnings come and go, at the same batch size: no step and no choice may be another step's."""
+    engine, decoder = recording, recording.runner.decoder
     stem = tokens_of(90, 20)
     prompts = [stem + [5], stem + [6], tokens_of(91, 9), tokens_of(92, 4), tokens_of(93, 12), stem + [7], stem + [8]]
     for rows in (2, 3):
@@ -323,8 +407,41 @@ def test_recorded_steps_follow_the_batch(make_model, tokenizer, monkeypatch):
         engine.run(requests, rows)
         for request in requests:
             assert request.completion.tokens == naive(engine, request.prompt, request.max_tokens), (rows, request.prompt)
-    steps = {key for key in decoder.graphs if key != "seeds" and len(key) == 2}
-    assert {shared for _, shared in steps} == {True, False}, steps  # both kinds were recorded
+    assert {shared for _, shared in decoder.graphs} == {True, False}, decoder.graphs  # both kinds were recorded
+
+
+def test_recordings_of_choices_are_let_go(recording):
+    """Clients may send any temperature: what was recorded for the last ones is kept."""
+    engine, decoder, prompt = recording, recording.runner.decoder, tokens_of(105, 9)
+
+    def ask(temperature):
+        [[answer]] = engine.generate_many([prompt], max_tokens=3, temperature=temperature)
+        return answer.tokens
+
+    settings = [0.5 + number / 100 for number in range(2 * CHOICES)]
+    answers = {}
+    for number, temperature in enumerate(settings):
+        answers[temperature] = ask(temperature)
+        ask(settings[0])  # in use all the time
+        assert len(decoder.choices) <= min(CHOICES, number + 1)
+    count = len(decoder.recorded)
+    assert [ask(t) for t in (settings[0], settings[-1])] == [answers[settings[0]], answers[settings[-1]]]
+    assert len(decoder.recorded) == count  # still there
+    assert ask(settings[1]) == answers[settings[1]] and len(decoder.recorded) == count + 1  # made anew
+
+
+def test_the_next_turn_of_a_chat_records_nothing(recording):
+    engine, prompt = recording, tokens_of(106, 9)
+    settings, recorded = dict(max_tokens=4, temperature=0.7), recording.runner.decoder.recorded
+    turns = [lambda: list(engine.stream(prompt, **settings)), lambda: next(engine.stream(prompt, **settings)),
+             lambda: list(engine.generate(prompt, **settings)), lambda: next(engine.generate(prompt, **settings)),
+             lambda: engine.generate_many([prompt], **settings)]
+    turns[0]()
+    count = len(recorded)
+    assert count > 0
+    for turn in turns:
+        turn()  # left early or not, it gives its memory back
+        assert len(recorded) == count
 
 
 @pytest.mark.gpu

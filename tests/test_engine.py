@@ -121,6 +121,8 @@ def test_finish_reasons(engine):
         engine.generate_many([[]])
     with pytest.raises(NanochatError, match="out of range"):
         engine.generate_many([short], temperature=-1)
+    with pytest.raises(NanochatError, match="max_tokens"):
+        engine.generate_many([short], max_tokens=-1)
     with pytest.raises(NanochatError, match="65 tokens, the context 64"):
         list(engine.stream(long))
 

@@ -77,7 +77,7 @@ def norm_product_kernel(x, other, mix, mixed, weights, out, N, K, cap, B: tl.con
         if mixed is not None:
             if tl.program_id(0) == 0:
                 tl.store(mixed + row * K + columns, h, mask=inside)
-        y = tl.sum(tile.to(tl.float32) * h[None, :], 1) * inverse_length(h, K)  # two sums that need not wait for each other
+        y = tl.sum(tile.to(tl.float32) * h[None, :], 1) * inverse_length(h, K)  # neither sum waits for the other
         if SQUARED_RELU:
             y = tl.maximum(y, 0.0)
             y *= y
@@ -205,7 +205,8 @@ def bound_of(logits, V, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def choose_kernel(logits, seeds, picked, B, V, temperature, TOP_K: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+def choose_kernel(logits, seeds, picked, B, V, temperature, TOP_K: tl.constexpr, NOISE: tl.constexpr,
+                  BLOCK: tl.constexpr):
     """picked (2, B) float64: a token of each row, and its log-probability. Equals sampling.pick, but for ties."""
     row = tl.program_id(0)
     logits += row * V
@@ -241,7 +242,7 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 def product_settings(K: int, parts: int = 0) -> dict[str, int]:
-    """Tile of a product with a matrix of K columns: whole rows, about 8,192 numbers, which four warps hold in registers."""
+    """Tile of a product with a matrix of K columns: whole rows, about 8,192 numbers, in the registers of four warps."""
     columns = triton.next_power_of_2(K)
     numbers = 16384 if parts and K <= 1024 else 8192  # every program adds up all parts: fewer programs
     return dict(BLOCK_N=max(1, numbers // columns), BLOCK_K=columns, num_warps=4)
@@ -264,8 +265,8 @@ def norm_product(x, weights, other=None, mix=None, mixed=None, squared_relu=Fals
     """(B, N) float32: see norm_product_kernel."""
     (B, K), N = x.shape, len(weights)
     out, sizes = torch.empty(B, N, device=x.device), product_settings(K)
-    norm_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](x, other, mix, mixed, weights, out, N, K, cap, B, squared_relu,
-                                                          **sizes, **launch_options(x.device))
+    norm_product_kernel[triton.cdiv(N, sizes["BLOCK_N"]),](x, other, mix, mixed, weights, out, N, K, cap, B,
+                                                          squared_relu, **sizes, **launch_options(x.device))
     return out
 
 
@@ -274,8 +275,8 @@ def attend(qkv, lengths, ids, cos, sin, values, store, heads, window) -> tuple[t
     (B, width), (_, _, KVH, capacity, D) = qkv.shape, store.shape
     parts, sizes = attend_settings(min(window, capacity))
     out, sums = torch.empty(B, parts, heads * D, device=qkv.device), torch.empty(B, parts, heads, device=qkv.device)
-    attend_kernel[parts, heads, B](qkv, lengths, ids, cos, sin, values, store[0], store[1], out, sums, width, KVH, capacity,
-                                   window, heads // KVH, D, **sizes, **launch_options(qkv.device))
+    attend_kernel[parts, heads, B](qkv, lengths, ids, cos, sin, values, store[0], store[1], out, sums, width, KVH,
+                                   capacity, window, heads // KVH, D, **sizes, **launch_options(qkv.device))
     return out, sums
 
 

@@ -69,7 +69,7 @@ def verdict(ratio: float, target: float) -> str:
 
 
 def load(settings: Settings, device: torch.device) -> Engine:
-    """The checkpoint, or a model of random weights; nothing ends an answer early: the work is the same in every round."""
+    """The checkpoint, or a model of random weights; nothing ends an answer early: all rounds have the same work."""
     if settings.source:
         model, tokenizer, _ = load_model(settings.source, device, "eval", settings.model_tag, settings.step)
     else:
@@ -118,8 +118,8 @@ class Bench:
 
         model, size = engine.model, engine.model.dtype.itemsize
         rates = self.contest(cached=cached, recomputing=lambda: len(list(model.generate(full, new, temperature=0.0))))
-        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, {rates['recomputing']:,.0f} "
-               "without: " + verdict(rates["cached"] / rates["recomputing"], 10))
+        print0(f"one row at {len(full)} tokens: {rates['cached']:,.0f} tokens/s with the cache, "
+               f"{rates['recomputing']:,.0f} without: " + verdict(rates["cached"] / rates["recomputing"], 10))
         weights = sum(p.numel() for p in (*model.transformer.h.parameters(), *model.lm_head.parameters()))
         seen = sum(min(window, len(full)) for window in window_sizes(config)) // config.n_layer  # on average
         moved, speed = size * weights + cache_bytes(config, 1, seen, size), bandwidth(self.device)
@@ -151,15 +151,16 @@ class Bench:
             return sum(len(answer.tokens) for samples in answers for answer in samples)
 
         rates = self.contest(together=lambda: ask(asked), apart=lambda: sum(ask([one]) for one in asked))
-        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, {rates['apart']:,.0f} "
-               "question by question: " + verdict(rates["together"] / rates["apart"], 2.5))
+        print0(f"{count} samples × {count} questions: {rates['together']:,.0f} tokens/s in one call, "
+               f"{rates['apart']:,.0f} question by question: " + verdict(rates["together"] / rates["apart"], 2.5))
 
 
 def infer_bench(settings: Settings) -> None:
     """Measure generation: the cache, the batch, the memory bound."""
     bench = Bench(settings)
-    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, {bench.engine.model.num_parameters():,} parameters, "
-           f"context {bench.config.sequence_len}, {bench.device.type}, {torch.get_num_threads()} threads")
+    print0(f"{bench.config.n_layer} layers of width {bench.config.n_embd}, "
+           f"{bench.engine.model.num_parameters():,} parameters, context {bench.config.sequence_len}, "
+           f"{bench.device.type}, {torch.get_num_threads()} threads")
     bench.one_row()
     bench.mixed()
     bench.samples()
