@@ -120,7 +120,8 @@ check.parameters_by_depth(answer)
 # Before a tensor is cast to an 8-bit float it is divided by a scale, one for the whole tensor, so that its largest
 # entry becomes the largest number of the format (`torch.finfo(dtype).max`: 448 for e4m3, 57,344 for e5m2). The scale
 # is a float32 tensor without dimensions; later the product of two such tensors is multiplied by both scales. Two
-# traps: a tensor of zeros has no largest entry to divide by, and rounding may push an entry past the format's end.
+# traps: a tensor of zeros has no largest entry to divide by, and in float16 entry and scale lose digits or overflow, so
+# divide in float32.
 
 # %%
 def to_fp8(x, dtype):

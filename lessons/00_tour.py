@@ -17,8 +17,8 @@
 #
 # In this course you build the whole of a small ChatGPT: its data, its tokenizer, the model, the training, the chat.
 # The code you read in the lessons *is* the library `nanochat_lib`: cells marked `#| export` are copied into it, and
-# the same commands that run here in minutes train a GPT-2 grade model on eight GPUs. Nothing is a toy version of
-# something else; only the numbers differ.
+# the same commands that run here in minutes are written to train a GPT-2 grade model on eight GPUs. Nothing is a toy
+# version of something else; only the numbers differ.
 #
 # Text becomes tokens, tokens train a base model that continues any text, conversations turn it into a chat model, and
 # practice on problems with a known answer makes it better than its examples:
@@ -53,8 +53,10 @@ _ = axes.axis("off")
 # %% [markdown]
 # ## The lessons
 #
-# Read them in order: each uses only what came before. A lesson runs from top to bottom in under a minute; the time is
-# for reading, changing cells and running them again. Exercises (`../exercises`) go with lessons 02 to 10 and 12.
+# Read them in order: each uses only what came before. A lesson runs from top to bottom in about a minute (00, 09, 10 and
+# 12 first train a very small model if there is none); the time is for reading, changing cells and running them again.
+# Later cells import the library: after a change of an exported cell, run `make lessons` and restart the kernel.
+# Exercises (`../exercises`) go with lessons 02 to 10 and 12.
 
 # %%
 import re

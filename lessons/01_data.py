@@ -20,7 +20,7 @@
 # own, made here from one seed. Both are folders of the same kind of file, so no later lesson cares which it reads.
 #
 # Why make a world, and not take a book? Because we can then *know* what the model should know. Every fact of the world is
-# stated in the text; a fixed part of the facts is never asked about there, and that part is the examination.
+# stated in the text; a fixed part of the facts is never part of a quiz or a comparison, and that part is the examination.
 
 # %%
 #| default_exp world
@@ -1036,14 +1036,14 @@ axes.tick_params(labelsize=7)
 # %% [markdown]
 # ## The examination
 #
-# A base model cannot be asked, it can only continue. The CORE benchmark (DCLM, arXiv 2406.11794) therefore knows three forms, and
+# A base model cannot be asked, it can only continue. The CORE benchmark (DCLM, arXiv 2406.11794) therefore has three forms, and
 # so does our bundle, written in CORE's own layout (lesson 06 scores both with the same code):
 #
 # - **multiple choice**: one beginning, four endings; the ending with the lowest loss counts as the answer;
 # - **schema**: two beginnings, one ending;
 # - **language modeling**: the ending must be continued word for word.
 #
-# The wrong endings are values of other held-out facts of the same kind, as frequent as the right ones. Who has not learned the
+# The wrong endings are values of other held-out facts of the same kind, as frequent as the right ones. A model that has not learned the
 # facts stays at chance, whatever else was learned about the language.
 
 # %%
@@ -1332,7 +1332,7 @@ assert share["knows the facts"] == 1
 # %% [markdown]
 # ## Files
 #
-# The corpus is written as parquet shards: columns of compressed *row groups*, each of which can be read alone. The last shard is the
+# The corpus is written as parquet shards: rows in *row groups*, each of which can be read alone, column by column, compressed. The last shard is the
 # validation split, of the world as of the real corpus.
 
 # %%
@@ -1372,8 +1372,8 @@ def write_texts(path: Path, texts: list[str], rows_per_group: int):
 
 
 def write_world(directory: Path | None = None, seed: int = 1, count: int = 50_000, shards: int = 4) -> Path:
-    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, the last
-    row in 50, is the validation split."""
+    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, with the
+    last fiftieth of the rows, is the validation split."""
     directory = Path(directory or base_dir() / "world")
     world = World(seed)
     texts = list(documents(world, count))
@@ -1408,7 +1408,7 @@ for path in sorted(folder.rglob("*")):
 # ## Reading, alone and in company
 #
 # Training reads the shards in order, a row group at a time. With several processes (*ranks*, one per GPU) the row groups are
-# dealt out in turn, so that together they read each document once. A shard that is torn, has no text or belongs to nobody ends in one
+# dealt out in turn, so that together they read each document once. A shard that is torn or has no text ends in one
 # line that names the file and the command that mends it.
 
 # %%
@@ -1694,7 +1694,8 @@ def dataset(settings: DatasetSettings):
 # There are no exercises here, but three questions worth an experiment:
 #
 # 1. Give `World` another seed. Which of the numbers above change, and which must not?
-# 2. Of every fact, how many documents state it? Count one with a regular expression over `documents(town, 50_000)`.
-# 3. What would the "most frequent value" reader score if wrong choices were drawn from all values alike? Change `distractors` and look.
+# 2. Choose a fact: how many documents state it? Count with a regular expression over `documents(town, 50_000)`.
+# 3. What would the "most frequent value" reader score if wrong choices were drawn from all values alike? Change `distractors`, run
+#    `python -m nanochat_lib.course export`, restart the kernel and look.
 #
 # **Next:** [02 · Tokenizer](02_tokenizer.ipynb): how text becomes numbers.

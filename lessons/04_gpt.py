@@ -17,8 +17,8 @@
 #
 # Token ids go in, and for every position one number per token of the vocabulary comes out: how likely that token is
 # next. In between lie a table of vectors, a stack of blocks that each add something to those vectors, and a table to
-# read the answer from. This is GPT; what differs from the model of 2019 are a dozen details, each of which earned its
-# place by lowering the loss at equal cost. This lesson says each in a sentence, then in code.
+# read the answer from. This is GPT; what differs from the model of 2019 are a dozen details, taken from nanochat, which
+# kept what lowered the loss in the same time. This lesson says each in a sentence, then in code.
 
 # %%
 #| default_exp gpt
@@ -51,7 +51,8 @@ def by_hand(x: Tensor) -> bool:
 
 # %% [markdown]
 # **Norm.** A vector is divided by the root of its mean square; there are no learned weights, since the matrix that
-# reads the result can hold them. With $y = s\,x/r$, a gradient $g$ loses its part along $y$ and is scaled:
+# reads the result can hold them. With $n$ channels, $r = \sqrt{\overline{x^2} + ε}$ and $y = s\,x/r$, a gradient $g$ loses
+# its part along $y$ and is scaled:
 # $\partial x = \frac{s}{r}\left(g - y\,\frac{g\cdot y}{n s^2}\right)$. Only $y$ must be kept, and the next matrix
 # keeps it anyway.
 
@@ -134,11 +135,11 @@ _ = ax.plot(logits, logits, ":", color="gray")
 _ = ax.set(xlabel="logit", ylabel="softcapped logit", ylim=(-20, 20))
 
 # %% [markdown]
-# ## Seven numbers
+# ## Seven settings
 #
-# A model is fixed by seven numbers. The window pattern is one of them: most layers look back only a quarter of the
-# context, every fourth sees all of it, and so does the last. Far sight in a few layers is nearly as good as in all,
-# and cheaper.
+# A model is fixed by seven settings. The window pattern is one of them: most layers look back only a quarter of the
+# context, every fourth sees all of it, and so does the last. Far sight in a few layers is cheaper
+# than in all.
 
 # %%
 #| export
@@ -234,7 +235,7 @@ for wrong in (dict(window_pattern="SX"), dict(n_kv_head=4), dict(n_embd=700)):
 # ## Where a token is
 #
 # Attention compares queries with keys and does not see their order. So each query and key is *rotated* by an angle
-# that grows with its position: the pair of channels i and i + D/2 turns by position × base^(−2i/D) radians. A dot
+# that grows with its position: the pair of channels i and i + D/2 turns (clockwise) by position × base^(−2i/D) radians. A dot
 # product of two rotated vectors depends on the difference of their positions only. The first pairs turn fast and tell
 # neighbours apart, the last hardly turn and see distance.
 
@@ -301,12 +302,12 @@ assert torch.isclose((at(q, 9) * at(k, 4)).sum(), (at(q, 29) * at(k, 24)).sum(),
 # %% [markdown]
 # ## What came just before
 #
-# A first thing that layers learn is to look one token back. **Smear** does it for the price of 24
+# One of the first things that attention learns is to look one token back. **Smear** does it for the price of 24
 # weights: to each embedding it adds a part of the one before, as much as a gate says that looks at 24 channels.
 #
-# When tokens come one by one (lesson 08), the one before is not in this call's input. A cache keeps it for each row,
-# and the rest of what earlier tokens left: their number in `lengths`, keys and values behind `insert`. Its rows may
-# have different lengths.
+# When tokens come one at a time (lesson 08), the one before is not in this call. A cache keeps, for each row, its last
+# embedding (`previous`), its length so far (`lengths`) and its keys and values (`insert`); `counts` says how many of a
+# padded call's tokens are real.
 
 # %%
 #| export layers
@@ -348,6 +349,8 @@ smear(steps, gate, torch.tensor([1.0]))[0, :, :4].tolist()
 
 # %% [markdown]
 # ## A block
+#
+# $x$, which every block reads and adds to, is the *residual stream*.
 #
 # **Attention.** Three matrices make queries, keys and values. With fewer key heads than query heads (`n_kv_head`),
 # several queries share one key, and the cache of lesson 08 shrinks. Queries and keys are rotated, then *normed*, so
@@ -429,7 +432,8 @@ print("changing tokens from 100 on changes position", change[0].nonzero()[0].ite
 # ## The model
 #
 # - Embed and norm; smear. The result, $x_0$, is kept.
-# - Before each block the stream is mixed: $\lambda_i x + \mu_i x_0$, two learned numbers a layer. Every block can
+# - Before each block the stream is mixed: $\lambda_i x + \mu_i x_0$, two learned numbers a layer (`resid_lambdas`,
+#   `x0_lambdas`). Every block can
 #   thus see the raw tokens.
 # - **Backout**: what the stream was halfway is, in part, taken out again at the end. The first half may leave notes
 #   for the second that should not reach the output.
@@ -635,11 +639,11 @@ _ = ax.legend(fontsize=8)
 
 # %%
 def kept_bytes(function, *inputs):
-    """Bytes that autograd keeps for the way back through function(*inputs), without those of weights."""
-    kept = {}
+    """Bytes that autograd keeps for the way back through function(*inputs), without the inputs (or views of them)."""
+    kept, given = {}, {tensor.untyped_storage().data_ptr() for tensor in inputs}
 
     def pack(tensor):
-        if not tensor.is_leaf:
+        if tensor.untyped_storage().data_ptr() not in given:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -658,17 +662,18 @@ def plain_head(x, weight, targets):
     return F.cross_entropy(15 * torch.tanh(F.linear(x, weight).float() / 15), targets)
 
 
-def plain_attention(q):
-    weights = (q @ q.mT).masked_fill(~visible(torch.arange(512), torch.arange(512), 128), -math.inf).softmax(-1)
-    return weights @ q
+def plain_attention(q, k, v):
+    q, k, v = q * 1, k * 1, v * 1  # what came before
+    weights = (q @ k.mT).masked_fill(~visible(torch.arange(512), torch.arange(512), 128), -math.inf).softmax(-1)
+    return weights @ v
 
 
 x = torch.randn(2048, 256, requires_grad=True)
-q = torch.randn(4, 2, 512, 128, requires_grad=True)
+qkv = [torch.randn(4, 2, 512, 128, requires_grad=True) for _ in range(3)]
 weight, targets = torch.randn(32768, 256, requires_grad=True), torch.randint(0, 32768, (2048,))
 square = torch.randn(256, 256, requires_grad=True)
 rows = {"norm and a matrix": (plain_norm_and_matrix, lambda x, matrix: norm(x * 1) @ matrix.T, [x, square]),
-        "attention": (plain_attention, lambda q: attention(*[q.transpose(1, 2)] * 3, 128), [q]),
+        "attention": (plain_attention, lambda *qkv: attention(*[(x * 1).transpose(1, 2) for x in qkv], 128), qkv),
         "softcap and loss": (plain_head, head_loss, [x, weight, targets])}
 megabytes = {name: [kept_bytes(function, *inputs) / 1e6 for function in pair] for name, (*pair, inputs) in rows.items()}
 
@@ -684,8 +689,8 @@ for place, (depth, vocabulary) in enumerate(((4, 1024), (4, 32768), (12, 32768),
         share = flops / sum(parts.values())
         _ = left.barh(place, share, left=bottom, color=f"C{number}", label=name if place == 0 else None)
         bottom += share
-_ = left.set(yticks=range(4), yticklabels=("depth 4, 1,024 tokens", "depth 4, 32,768", "depth 12, 32,768",
-                                           "depth 24, 32,768"), xlabel="share of a step's arithmetic", xlim=(0, 1))
+_ = left.set(yticks=range(4), yticklabels=("depth 4, vocabulary 1,024", "depth 4, 32,768",
+                                           "depth 12, 32,768", "depth 24, 32,768"), xlabel="share of a step's arithmetic", xlim=(0, 1))
 left.invert_yaxis()
 _ = left.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1))
 for number, label in enumerate(("plain", "ours")):
@@ -766,7 +771,7 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x / scale in an 8-bit dtype, scale): a float32 scale that brings the largest entry to the format's largest."""
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=1e-12) / largest
-    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+    return (x.float() / scale).to(dtype), scale
 
 
 def columns(x: Tensor) -> Tensor:
@@ -830,7 +835,7 @@ def lacks_fp8(device: torch.device) -> str:
 
 # %% [markdown]
 # PyTorch multiplies 8-bit floats on a CPU too, slowly. So the error can be measured anywhere: a few percent in each
-# product, and it averages out over the thousands of products of a step.
+# product.
 
 # %%
 _ = torch.manual_seed(0)

@@ -33,8 +33,8 @@ def write_texts(path: Path, texts: list[str], rows_per_group: int):
 
 
 def write_world(directory: Path | None = None, seed: int = 1, count: int = 50_000, shards: int = 4) -> Path:
-    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, the last
-    row in 50, is the validation split."""
+    """Write shards/, eval_bundle/ and tasks/ of the world of `seed`; returns the folder. The last shard, with the
+    last fiftieth of the rows, is the validation split."""
     directory = Path(directory or base_dir() / "world")
     world = World(seed)
     texts = list(documents(world, count))

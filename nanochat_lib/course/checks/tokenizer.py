@@ -91,6 +91,9 @@ def render_conversation(answer):
     again = [special("<|user_start|>"), *text("Hi Anna"), special("<|user_end|>")]
     expect_equal(ids, head + turn + again + turn,
                  "A system message goes before the first user's text, a blank line between, and has no markers.")
+    learned = [0] + [1] * (len(turn) - 1)
+    expect_equal(mask, [0] * len(head) + learned + [0] * len(again) + learned,
+                 "Every answer is learned, not only the last; the system's words are only read.")
 
     parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"},
              {"type": "python_output", "text": "42"}, {"type": "text", "text": "42."}]
