@@ -872,7 +872,7 @@ class Slots:
 import torch
 from torch import Tensor
 
-from nanochat_lib.attention import HAVE_TRITON, cached_attention
+from nanochat_lib.attention import HEAD_DIMS, cached_attention, decoding_backend
 from nanochat_lib.gpt import GPTConfig, window_sizes
 from nanochat_lib.slots import Slots
 
@@ -916,11 +916,12 @@ def runs_of(lengths: list[int]) -> list[tuple[slice, int]]:
 
 def sharing_kernel(config: GPTConfig, device: torch.device):
     """Lesson 03's decoding kernel, which reads shared beginnings where they lie; None where it does not run."""
-    if device.type != "cuda" or not HAVE_TRITON:
+    D = config.head_dim if config.head_dim in HEAD_DIMS else 0
+    if device.type != "cuda" or decoding_backend("cuda", D) != "triton":
         return None
-    from nanochat_lib.kernels.decoding import HEAD_DIMS, decode_attention
+    from nanochat_lib.kernels.decoding import decode_attention
 
-    return decode_attention if config.head_dim in HEAD_DIMS else None
+    return decode_attention
 
 # %%
 #| export lookback
@@ -1677,7 +1678,7 @@ class GraphedDecoder:
             try:
                 made[key] = self.capture(step)
             except Exception as error:  # a driver or an operation that cannot: slower, and right
-                self.record = False
+                self.record, self.decoder.look.kernel = False, None  # which of them failed is not known
                 notice("without CUDA graphs", error)
                 return step()
         graph, result = made[key]

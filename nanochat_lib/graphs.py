@@ -109,7 +109,7 @@ class GraphedDecoder:
             try:
                 made[key] = self.capture(step)
             except Exception as error:  # a driver or an operation that cannot: slower, and right
-                self.record = False
+                self.record, self.decoder.look.kernel = False, None  # which of them failed is not known
                 notice("without CUDA graphs", error)
                 return step()
         graph, result = made[key]

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from nanochat_lib.attention import HAVE_TRITON, cached_attention
+from nanochat_lib.attention import HEAD_DIMS, cached_attention, decoding_backend
 from nanochat_lib.gpt import GPTConfig, window_sizes
 from nanochat_lib.slots import Slots
 
@@ -46,11 +46,12 @@ def runs_of(lengths: list[int]) -> list[tuple[slice, int]]:
 
 def sharing_kernel(config: GPTConfig, device: torch.device):
     """Lesson 03's decoding kernel, which reads shared beginnings where they lie; None where it does not run."""
-    if device.type != "cuda" or not HAVE_TRITON:
+    D = config.head_dim if config.head_dim in HEAD_DIMS else 0
+    if device.type != "cuda" or decoding_backend("cuda", D) != "triton":
         return None
-    from nanochat_lib.kernels.decoding import HEAD_DIMS, decode_attention
+    from nanochat_lib.kernels.decoding import decode_attention
 
-    return decode_attention if config.head_dim in HEAD_DIMS else None
+    return decode_attention
 
 
 class LookBack:

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, gather, load_model, load_optimizer,
+from nanochat_lib.checkpoint import (checkpoint_directory, find_checkpoint, load_model, load_optimizer,
                                      prepare_directory, read_meta, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, all_reduce_sum, compute_dtype, print0, progress,
-                                 run_cli, start)
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, all_reduce_sum, compute_dtype, gather, print0,
+                                 progress, run_cli, start)
 from nanochat_lib.evaluation import evaluate_bpb
 from nanochat_lib.saver import Saver
 from nanochat_lib.scaling import REFERENCE_BATCH

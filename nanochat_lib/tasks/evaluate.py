@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from nanochat_lib.batch import Completion
-from nanochat_lib.checkpoint import gather
-from nanochat_lib.common import NanochatError, Runtime
+from nanochat_lib.common import NanochatError, Runtime, gather
 from nanochat_lib.engine import Engine
 from nanochat_lib.scoring import Row, score_rows
 from nanochat_lib.tasks.common import Task
