@@ -1332,8 +1332,8 @@ assert share["knows the facts"] == 1
 # %% [markdown]
 # ## Files
 #
-# The corpus is written as parquet shards: rows in *row groups*, each of which can be read alone, column by column, compressed. The last shard is the
-# validation split, of the world as of the real corpus.
+# The corpus is written as parquet shards: rows in *row groups*, each of which can be read alone, column by column,
+# compressed. The last shard is the validation split, of the world as of the real corpus.
 
 # %%
 #| export

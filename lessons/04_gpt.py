@@ -51,10 +51,9 @@ def by_hand(x: Tensor) -> bool:
 
 # %% [markdown]
 # **Norm.** A vector is divided by the root of its mean square; there are no learned weights, since the matrix that
-# reads the result can hold them. With $n$ channels, $r = \sqrt{\overline{x^2} + ε}$ and $y = s\,x/r$, a gradient $g$ loses
-# its part along $y$ and is scaled:
-# $\partial x = \frac{s}{r}\left(g - y\,\frac{g\cdot y}{n s^2}\right)$. Only $y$ must be kept, and the next matrix
-# keeps it anyway.
+# reads the result can hold them. With $n$ channels, $r = \sqrt{\overline{x^2} + ε}$ and $y = s\,x/r$, a gradient $g$
+# loses its part along $y$ and is scaled: $\partial x = \frac{s}{r}\left(g - y\,\frac{g\cdot y}{n s^2}\right)$. Only
+# $y$ must be kept, and the next matrix keeps it anyway.
 
 # %%
 #| export fused
@@ -235,9 +234,9 @@ for wrong in (dict(window_pattern="SX"), dict(n_kv_head=4), dict(n_embd=700)):
 # ## Where a token is
 #
 # Attention compares queries with keys and does not see their order. So each query and key is *rotated* by an angle
-# that grows with its position: the pair of channels i and i + D/2 turns (clockwise) by position × base^(−2i/D) radians. A dot
-# product of two rotated vectors depends on the difference of their positions only. The first pairs turn fast and tell
-# neighbours apart, the last hardly turn and see distance.
+# that grows with its position: the pair of channels i and i + D/2 turns (clockwise) by position × base^(−2i/D)
+# radians. A dot product of two rotated vectors depends on the difference of their positions only. The first pairs
+# turn fast and tell neighbours apart, the last hardly turn and see distance.
 
 # %%
 #| export layers
@@ -690,7 +689,8 @@ for place, (depth, vocabulary) in enumerate(((4, 1024), (4, 32768), (12, 32768),
         _ = left.barh(place, share, left=bottom, color=f"C{number}", label=name if place == 0 else None)
         bottom += share
 _ = left.set(yticks=range(4), yticklabels=("depth 4, vocabulary 1,024", "depth 4, 32,768",
-                                           "depth 12, 32,768", "depth 24, 32,768"), xlabel="share of a step's arithmetic", xlim=(0, 1))
+                                           "depth 12, 32,768", "depth 24, 32,768"),
+             xlabel="share of a step's arithmetic", xlim=(0, 1))
 left.invert_yaxis()
 _ = left.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1))
 for number, label in enumerate(("plain", "ours")):

@@ -255,8 +255,8 @@ assert share[2] > 0.9  # of the squared length lies in three of 64 directions
 # few times, with the right coefficients, it sends everything between 0.001 and 1 to about 1.
 #
 # Which coefficients are best? Those whose largest error on the interval at hand is smallest (minimax), and after each
-# step the interval is another: that is **Polar Express**. The best quintic touches its error bound four times with alternating
-# sign, which Remez' algorithm finds by solving four equations again and again.
+# step the interval is another: that is **Polar Express**. The best quintic touches its error bound four times with
+# alternating sign, which Remez' algorithm finds by solving four equations again and again.
 
 # %%
 def best_quintic(low, high):
@@ -350,8 +350,8 @@ _ = right.legend(fontsize=8)
 #   the scale.
 # - **Muon+**: afterwards the Frobenius norm is set to what an orthogonal matrix has; what five steps left over goes.
 # - **NorMuon**: an orthogonal matrix may still move some neurons more than others, step after step. As Adam does for
-#   each weight, keep a running mean square, here of each row (of a wide matrix: of each column), divide by its root, and give the whole matrix its
-#   norm back.
+#   each weight, keep a running mean square, here of each row (of a wide matrix: of each column), divide by its root,
+#   and give the whole matrix its norm back.
 # - **Cautious weight decay**: decay only weights that the step shrinks anyway; where the step wants a weight to grow,
 #   do not pull against it.
 

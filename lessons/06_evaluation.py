@@ -576,9 +576,10 @@ for axis, label, number in zip(axes, ("world_kin_mc", "world_schema", "world_fac
 # %% [markdown]
 # ## The score
 #
-# With four choices, guessing gets a quarter right; with two, half. So each accuracy *a* is centred by its baseline *b*,
-# (a − b) / (1 − b): guessing is 0, perfection 1, and tasks can be averaged. The mean is CORE. GPT-2 (1.6B) has 0.2565 on the real bundle's tasks. The
-# world's tasks are scored alike but are far easier: the two must not be compared.
+# With four choices, guessing gets a quarter right; with two, half. So each accuracy *a* is centred by its baseline
+# *b*, (a − b) / (1 − b): guessing is 0, perfection 1, and tasks can be averaged. The mean is CORE. GPT-2 (1.6B) has
+# 0.2565 on the real bundle's tasks. The world's tasks are scored alike but are far easier: the two must not be
+# compared.
 
 # %%
 #| export
@@ -655,8 +656,8 @@ print(f"{'world CORE':18}" + "".join(f"{core['core_metric']:7.2f}" for core in c
 # Below, on the left, the plain mean credits a model that only knows how frequent each token is. On the right, the two
 # numbers disagree: from order 4 on bits per byte get worse, since long contexts are rare and over-trusted, while CORE
 # still rises: its questions ask for facts, and a fact is a long context. Look at both. And note what counting never
-# learns: sums it has not seen, and schemas, whose answer is not in the words just before (the one above was luck). For these
-# a model must compute.
+# learns: sums it has not seen, and schemas, whose answer is not in the words just before (the one above was luck).
+# For these a model must compute.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
