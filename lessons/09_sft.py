@@ -561,32 +561,37 @@ def words_in(texts: Iterable[str], split: str) -> list[str]:
 #| export tasks/fence
 """The inside of `execution.run`: builds fences around an untrusted program, then becomes it. Only the standard library.
 
-`execution` runs `main` in a process of its own. It asks the kernel for namespaces (own files, network and process numbers),
-drops root, sets limits, runs the program, and writes one line of JSON for each thing there is to know to STATUS.
+`execution` runs `main` in a process of its own, whose standard input is a socket. The program is read from there, and
+the answer, FACTS, is a line of JSON for each thing there is to know. Between the two stands the watcher: it asks the
+kernel for namespaces (own files, network and process numbers) and for a filter of system calls, then watches a child
+that drops root, sets limits and becomes the program. The child does not inherit FACTS: what is told there is true.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import time
 
 # %%
 #| export tasks/fence
-STATUS, TEXT, NOBODY = 4, 3, 65534
+FACTS, TEXT, PROOF, NOBODY = 3, 10, 11, 65534
+FENCES = ["files", "network", "processes"]
 CLONE = {"files": 0x00020000, "network": 0x40000000, "processes": 0x20000000, "others": 0x0C000000}  # others: ipc, names
 CLONE_NEWUSER, MS_REC_PRIVATE, MS_BIND_REC, MS_REMOUNT_BIND_RO, MNT_DETACH = 0x10000000, 0x44000, 0x5000, 0x1021, 2
 NOSUID_NODEV, PIVOT_ROOT = 0x6, {"x86_64": 155, "aarch64": 41}
 INSIDE = """
 def main(write):
     import json, os, sys
-    with os.fdopen(3) as text:
+    with os.fdopen(10) as text:
         program, proof = json.load(text)
     sys.argv, leave = ["program.py"], os._exit
     exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-    write(4, proof.encode())
+    write(11, proof.encode())
     try:
         sys.stdout.flush()
     finally:
@@ -607,7 +612,7 @@ def call(name: str, *arguments) -> int:
 
 
 def tell(**facts) -> None:
-    os.write(STATUS, (json.dumps(facts) + "\n").encode())
+    os.write(FACTS, (json.dumps(facts) + "\n").encode())
 
 # %%
 #| export tasks/fence
@@ -670,28 +675,57 @@ def build_root(visible: list[str]) -> None:
     os.chdir("/work")
 
 # %% [markdown]
+# Some system calls lead around a limit. Shared memory of System V (1983) belongs to no process and outlives the one that made it, so no process's limit
+# counts it; and whoever makes a user namespace is root inside it, and may mount a disk in memory of any size. So the kernel gets a **filter**, a small
+# program in its own bytecode that looks at the number of each call and answers for these few as if they had never been invented (Linux's seccomp).
+
+# %%
+#| export tasks/fence
+CALLS = {  # machine → its number in filters; clone; shmget, msgget, unshare, clone3 (whose flags a filter cannot see)
+    "x86_64": (0xC000003E, 56, (29, 68, 272, 435)),
+    "aarch64": (0xC00000B7, 220, (194, 186, 97, 435)),
+}
+
+
+def filter_calls() -> None:
+    """From here on there is no memory outside of processes and no new user namespace. OSError or KeyError if we can't."""
+    call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no program gives more rights
+    machine, clone, forbidden = CALLS[os.uname().machine]
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    yes, no = (answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x50000 | errno.ENOSYS)
+    steps = [(load, 0, 0, 4), (equal, 1, 0, machine), no]  # (what, steps to skip if so, if not, value); else 32-bit calls
+    steps += [(load, 0, 0, 0), (at_least, 0, 1, 1 << 30), no]  # the number; from here on those of another 32-bit mode
+    for number in forbidden:
+        steps += [(equal, 0, 1, number), no]
+    steps += [(equal, 1, 0, clone), yes, (load, 0, 0, 16), (any_bit, 0, 1, CLONE_NEWUSER), no, yes]  # its first argument
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    call("prctl", 22, 2, struct.pack("HP", len(steps), ctypes.addressof(code)), 0, 0)  # PR_SET_SECCOMP, by a filter
+
+# %% [markdown]
 # Limits on memory, time, file size and processes hold for whatever is run from here on. The interpreter starts anew, so that nothing of ours is left in its
 # memory, and the last thing it does is to hand in the proof that it reached the last line: `os._exit(0)` on the way does not pass.
 
 # %%
 #| export tasks/fence
-def become(program: str, proof: str, settings: dict) -> None:
+def become(program: str, proof: str, pipe: int, settings: dict) -> None:
     """Set the limits and turn into an interpreter that runs the program. Does not return."""
+    if settings["drop root"]:
+        drop_root()
     limits = {"AS": settings["memory"] << 20, "CPU": settings["seconds"], "FSIZE": 1 << 20, "NOFILE": 64, "CORE": 0,
               "NPROC": settings["processes"]}
     text = os.memfd_create("program") if hasattr(os, "memfd_create") else os.open("program.json", os.O_RDWR | os.O_CREAT)
     os.write(text, json.dumps([program, proof]).encode())
     os.lseek(text, 0, os.SEEK_SET)
     os.dup2(text, TEXT)
-    os.set_inheritable(TEXT, True)
+    os.dup2(pipe, PROOF)  # these two go over into the program; FACTS and all others close
     for name, value in limits.items():
         if hasattr(resource, f"RLIMIT_{name}"):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    if sys.platform == "linux":
-        call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no program gives more rights
-    os.set_inheritable(STATUS, True)
-    os.closerange(STATUS + 1, 256)
-    os.execve(PYTHON, [PYTHON, "-I", "-c", INSIDE], {})
+    os.execve(PYTHON, [PYTHON, "-I", "-c", INSIDE, f"watched by {os.getppid()}"], {})
+
+# %% [markdown]
+# The **watcher** stays outside of the program. It alone knows how the child ended, compares what was handed in with the proof, and tells. Whatever the
+# program writes, to whatever file it inherits, is never taken for a fact.
 
 # %%
 #| export tasks/fence
@@ -716,32 +750,56 @@ def end_children() -> None:
         time.sleep(0.001)
 
 
-def watch(program: str, proof: str, settings: dict) -> None:
+def handed_in(pipe: int) -> bytes:
+    """What stands in a pipe, at most 64 KiB, without waiting for more."""
+    os.set_blocking(pipe, False)
+    try:
+        return os.read(pipe, 1 << 16)
+    except BlockingIOError:
+        return b""
+
+# %%
+#| export tasks/fence
+def watch(program: str, settings: dict) -> None:
     """Run the program in a child and tell how it ended. If we are process 1, our end is the end of all it started."""
+    proof, (reading, writing) = os.urandom(16).hex(), os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            become(program, proof, settings)
+            become(program, proof, writing, settings)
         except BaseException as error:
             tell(broken=f"{type(error).__name__}: {error}")
         os._exit(1)
+    os.close(writing)
     while True:
         pid, how = os.wait()
         if pid == child:
             break
     end_children()
-    tell(**({"signal": os.WTERMSIG(how)} if os.WIFSIGNALED(how) else {"exit": os.WEXITSTATUS(how)}))
+    tell(proved=proof.encode() in handed_in(reading),
+         **({"signal": os.WTERMSIG(how)} if os.WIFSIGNALED(how) else {"exit": os.WEXITSTATUS(how)}))
     os._exit(0)
+
+
+def watch_without(missing: list[str], why: str, program: str, settings: dict) -> None:
+    """Put up the filter, tell which fences are missing, and watch."""
+    try:
+        filter_calls()
+        call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: a program of the same user does not look into us
+    except (OSError, KeyError, AttributeError) as error:
+        missing, why = [*missing, "calls"], why or str(error)
+    tell(open=" ".join(missing), why=why)
+    settings["drop root"] = "files" not in missing or settings["reachable"]
+    watch(program, settings)
 
 # %%
 #| export tasks/fence
 def main() -> None:
-    os.dup2(int(sys.argv[-1]), STATUS)
-    program, proof, settings = json.load(sys.stdin)
+    os.dup2(0, FACTS, inheritable=False)
+    program, settings = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if sys.platform != "linux":
-        tell(open=["files", "network", "processes"])
-        watch(program, proof, settings)
+        watch_without(FENCES, "not Linux", program, settings)
     call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become our children, and can be found
     try:
         if not settings["namespaces"]:
@@ -749,24 +807,18 @@ def main() -> None:
         leave_the_house()
         init = os.fork()
     except OSError as error:
-        tell(open=["files", "network", "processes"], why=str(error))
-        if settings["reachable"]:
-            drop_root()
         settings["processes"] += settings["others"]
-        watch(program, proof, settings)
+        watch_without(FENCES, str(error), program, settings)
     if init:
         os.waitpid(init, 0)
         os._exit(0)
     call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: killed with our parent
+    missing, why = [], ""
     try:
         build_root(view())
-        tell(open=[])
     except (OSError, KeyError) as error:
-        tell(open=["files"], why=str(error))
-        if not settings["reachable"]:
-            watch(program, proof, settings)
-    drop_root()
-    watch(program, proof, settings)
+        missing, why = ["files"], str(error)
+    watch_without(missing, why, program, settings)
 
 # %% [markdown]
 # From outside: start it, wait, end it with all its children, and say what happened.
@@ -776,20 +828,24 @@ def main() -> None:
 """Runs a small untrusted program in a process of its own, behind fences."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
-import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import psutil
+
+from nanochat_lib.common import print0
 
 # %%
 #| export tasks/execution
@@ -803,7 +859,7 @@ class Outcome:
 
     reason: str
     output: str  # what it printed, at most 10,000 characters
-    open: tuple[str, ...] = ()  # fences this kernel did not give: "files", "network", "processes"
+    open: tuple[str, ...] = ()  # fences this kernel did not give: "files", "network", "processes", "calls"
     why: str = ""  # why not
 
     @property
@@ -831,6 +887,12 @@ def memory_of(process: subprocess.Popen) -> int:
     return total
 
 
+def strays(process: subprocess.Popen) -> list[psutil.Process]:
+    """What a program that killed its watcher has left: the watcher's number is still on the command line."""
+    mark = f"watched by {process.pid}"
+    return [member for member in psutil.process_iter(["cmdline"]) if mark in (member.info["cmdline"] or ())]
+
+
 def alive(member: psutil.Process) -> bool:
     try:
         return member.status() != psutil.STATUS_ZOMBIE
@@ -841,7 +903,7 @@ def alive(member: psutil.Process) -> bool:
 def end(process: subprocess.Popen) -> None:
     """Kill a process with its group and all descendants; again, until none is left, since they may be forking."""
     for _ in range(100):
-        members = family(process)
+        members = family(process) + strays(process)
         for member in members:
             try:
                 member.kill()
@@ -872,26 +934,34 @@ def wait(process: subprocess.Popen, timeout: float, memory: int) -> str:
 
 # %%
 #| export tasks/execution
-def read_status(status: bytes, proof: str) -> tuple[dict, bool]:
-    """What the fence told, and whether the proof that the last line was reached is there."""
-    facts, proved = {}, proof.encode() in status
-    for line in status.replace(proof.encode(), b"").splitlines():
+KINDS = {"open": str, "why": str, "broken": str, "proved": bool, "exit": int, "signal": int}
+
+
+def read_facts(told: bytes) -> dict:
+    """What the watcher told, of the kinds it tells; only where fences are missing can a program have a hand in it."""
+    facts = {}
+    for line in told.splitlines():
         try:
-            facts.update(json.loads(line))
-        except (ValueError, TypeError):  # the program wrote there
+            facts.update({name: fact for name, fact in json.loads(line).items() if type(fact) is KINDS.get(name)})
+        except (ValueError, AttributeError, RecursionError):
             pass
-    return facts, proved
+    return facts
+
+
+def name_of(number: int) -> str:
+    """A signal's name; `signal 40` for those that have none."""
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
 
 
 def reason_of(facts: dict, error: str) -> str:
-    """What ended a program that did not reach its last line."""
+    """What ended a program; "" if it reached its last line."""
     if "broken" in facts:
         return f"the fence failed: {facts['broken']}"
     if number := facts.get("signal"):
         late = number in (signal.SIGXCPU, signal.SIGKILL)  # the limit's own signals
-        return "too much processor time" if late else f"killed by {signal.Signals(number).name}"
+        return "too much processor time" if late else f"killed by {name_of(number)}"
     if facts.get("exit") == 0:
-        return "ended early, exit 0"
+        return "" if facts.get("proved") else "ended early, exit 0"
     lines = error.strip().splitlines()
     return lines[-1][:500] if lines else f"ended early, exit {facts.get('exit', 'unknown')}"
 
@@ -903,6 +973,24 @@ def others_may_run(path: str) -> bool:
     return all(parent.stat().st_mode & 0o001 for parent in (real, *real.parents))
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[str]:
+    """A folder that is there for a while. `rm` goes deeper than Python can: a program may nest thousands of folders."""
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, folder], stderr=subprocess.DEVNULL)
+
+
+def beginning(file: BinaryIO) -> bytes:
+    """What stands in a file, at most 1 MiB."""
+    file.seek(0)
+    return file.read(1 << 20)
+
+# %%
+#| export tasks/execution
 def run(program: str, timeout: float = 5.0, memory: int = 1024, processes: int = 16,
         namespaces: bool = True) -> Outcome:
     """Run a Python program behind fences and say how it ended. Never raises for what the program does.
@@ -914,49 +1002,53 @@ def run(program: str, timeout: float = 5.0, memory: int = 1024, processes: int =
     Where the kernel does not, `Outcome.open` names the fences that are missing, and only the limits and the hunt for
     its children are left; root then stays root if others cannot reach the interpreter.
 
-    Limits, honestly: the kernel is the wall, and a hole in it is a hole in the fence; there is no filter of system
-    calls. A program that looks for the proof of its last line inside its own process can find it: "passed" is for
-    programs that are wrong, not for programs that cheat. The sum of memory is looked at every 50 ms. For the code of
-    an enemy use a virtual machine.
+    Limits, honestly: the kernel is the wall, and a hole in it is a hole in the fence; the filter forbids four system
+    calls (x86-64 and ARM) and no more. A program that looks for the proof of its last line inside its own process can
+    find it: "passed" is for programs that are wrong, not for programs that cheat. The sum of memory is looked at every
+    50 ms. Without namespaces a program of the same user may kill its watcher; what it leaves is then found by its
+    command line, unless it changes that. For the code of an enemy use a virtual machine.
     """
-    proof, root = secrets.token_hex(16), hasattr(os, "getuid") and os.getuid() == 0
+    root = hasattr(os, "getuid") and os.getuid() == 0
     settings = {"memory": memory, "seconds": int(timeout) + 1, "processes": processes, "namespaces": namespaces,
                 "reachable": others_may_run(sys.executable), "others": len(psutil.pids())}
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        out, err, status = (stack.enter_context(open(Path(folder, name), "w+b")) for name in ("out", "err", "status"))
-        work = Path(folder, "work")
-        work.mkdir()
+    ours, theirs = socket.socketpair()
+    with scratch() as folder, ours, theirs, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         if root:
-            os.chmod(folder, 0o711)
-            os.chmod(work, 0o777)  # the program will be nobody's
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", START, FENCE, str(status.fileno())], cwd=work, env={}, stdin=subprocess.PIPE,
-            stdout=out, stderr=err, start_new_session=True, pass_fds=(status.fileno(),))
+            os.chmod(folder, 0o777)  # the program will be nobody's
+        ours.settimeout(timeout)
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", START, FENCE], cwd=folder, env={}, stdin=theirs,
+                                   stdout=out, stderr=err, start_new_session=True)
         try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps([program, proof, settings]).encode())
-                process.stdin.close()
+            theirs.close()
+            with contextlib.suppress(OSError):  # it has ended already: what it told says why
+                ours.sendall(json.dumps([program, settings]).encode())
+                ours.shutdown(socket.SHUT_WR)
             reason = wait(process, timeout, memory)
         finally:
             end(process)
-        facts, proved = read_status(read(status), proof)
-        if not reason and not proved:
-            reason = reason_of(facts, read(err).decode(errors="replace"))
-        return Outcome(reason, read(out)[:10_000].decode(errors="replace"), tuple(facts.get("open", ("unknown",))),
-                       facts.get("why", ""))
+        try:
+            facts = read_facts(ours.recv(1 << 16))
+        except OSError:
+            facts = {}
+        reason = reason or reason_of(facts, beginning(err).decode(errors="replace"))
+        missing = tuple(facts.get("open", "unknown").split())
+        return Outcome(reason, beginning(out)[:10_000].decode(errors="replace"), missing, facts.get("why", ""))
 
 # %%
 #| export tasks/execution
-def read(file: BinaryIO) -> bytes:
-    """All that stands in a file."""
-    file.seek(0)
-    return file.read()
-
-
 def run_program(program: str, timeout: float = 5.0, memory: int = 1024) -> str:
     """`run`, and only its reason: "" if the program got to its last line."""
     return run(program, timeout, memory).reason
+
+
+@functools.cache
+def fences_missing() -> tuple[str, ...]:
+    """The fences that programs run without on this machine; says so, once."""
+    outcome = run("", 30)
+    if outcome.open:
+        print0(f"programs run here without fences around {', '.join(outcome.open)} ({outcome.why}): for a model you do not "
+               "trust use a virtual machine")
+    return outcome.open
 
 # %%
 # NBVAL_IGNORE_OUTPUT
@@ -975,7 +1067,7 @@ print("fences missing on this machine:", ", ".join(run("").open) or "none")
 import re
 
 from nanochat_lib.tasks.common import Task, conversation_of, load_rows
-from nanochat_lib.tasks.execution import run_program
+from nanochat_lib.tasks.execution import fences_missing, run_program
 
 BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)```", re.DOTALL)
 
@@ -1001,7 +1093,8 @@ class HumanEval(Task):
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
         """Whether the function passes its tests. The question's imports and helpers stand before it; an answer that
-        only goes on with the function's body is joined to its beginning."""
+        only goes on with the function's body is joined to its beginning. Where fences are missing, a line says so."""
+        fences_missing()
         prompt, code = conversation["messages"][0]["content"], code_of(answer)
         name = conversation["entry_point"]
         whole = f"{prompt[:prompt.rindex(f'def {name}')]}\n{code}" if f"def {name}" in code else prompt + code
@@ -1758,6 +1851,8 @@ from nanochat_lib.checkpoint import load_model, write_result
 from nanochat_lib.common import NanochatError, base_dir, print0, run_cli, start, write_aside
 from nanochat_lib.tasks import Task, evaluation_tasks, get_task
 from nanochat_lib.tasks.evaluate import Asking, evaluate_chat
+from nanochat_lib.tasks.execution import fences_missing
+from nanochat_lib.tasks.humaneval import HumanEval
 
 
 def flag(letter: str) -> Any:
@@ -1841,7 +1936,9 @@ def chat_eval(settings: ChatEval) -> None:
         print0(f"{name}: {share:.1%} of the answers use the calculator, every call answered")
     print0(f"ChatCORE {grades['chatcore']:.4f}, {len(answers)} questions in {seconds} s")
     if runtime.is_main:
-        path = write_grades(settings.source, grades, answers, step=meta["step"], seconds=seconds)
+        runs = any(isinstance(task, HumanEval) for task in tasks.values())
+        path = write_grades(settings.source, grades, answers, step=meta["step"], seconds=seconds,
+                            **({"fences_missing": fences_missing()} if runs else {}))
         print0(f"every answer: {path}")
 
 # %% [markdown]

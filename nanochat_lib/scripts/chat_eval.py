@@ -15,6 +15,8 @@ from nanochat_lib.checkpoint import load_model, write_result
 from nanochat_lib.common import NanochatError, base_dir, print0, run_cli, start, write_aside
 from nanochat_lib.tasks import Task, evaluation_tasks, get_task
 from nanochat_lib.tasks.evaluate import Asking, evaluate_chat
+from nanochat_lib.tasks.execution import fences_missing
+from nanochat_lib.tasks.humaneval import HumanEval
 
 
 def flag(letter: str) -> Any:
@@ -95,7 +97,9 @@ def chat_eval(settings: ChatEval) -> None:
         print0(f"{name}: {share:.1%} of the answers use the calculator, every call answered")
     print0(f"ChatCORE {grades['chatcore']:.4f}, {len(answers)} questions in {seconds} s")
     if runtime.is_main:
-        path = write_grades(settings.source, grades, answers, step=meta["step"], seconds=seconds)
+        runs = any(isinstance(task, HumanEval) for task in tasks.values())
+        path = write_grades(settings.source, grades, answers, step=meta["step"], seconds=seconds,
+                            **({"fences_missing": fences_missing()} if runs else {}))
         print0(f"every answer: {path}")
 
 

@@ -5,7 +5,7 @@
 import re
 
 from nanochat_lib.tasks.common import Task, conversation_of, load_rows
-from nanochat_lib.tasks.execution import run_program
+from nanochat_lib.tasks.execution import fences_missing, run_program
 
 BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)```", re.DOTALL)
 
@@ -31,7 +31,8 @@ class HumanEval(Task):
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
         """Whether the function passes its tests. The question's imports and helpers stand before it; an answer that
-        only goes on with the function's body is joined to its beginning."""
+        only goes on with the function's body is joined to its beginning. Where fences are missing, a line says so."""
+        fences_missing()
         prompt, code = conversation["messages"][0]["content"], code_of(answer)
         name = conversation["entry_point"]
         whole = f"{prompt[:prompt.rindex(f'def {name}')]}\n{code}" if f"def {name}" in code else prompt + code
