@@ -87,11 +87,11 @@ def test_evaluation_is_that_of_the_model_as_it_was(model):
 
 def test_it_learns_as_bfloat16_does(monkeypatch):
     monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
-    ids = torch.arange(8 * 33).view(8, 33) * 7 % 97
+    ids = torch.arange(2 * 33).view(2, 33) * 7 % 97  # few: some CPUs multiply 8-bit floats one by one
     last = {}
     for fp8 in (False, True):
         torch.manual_seed(0)
-        model = build_model(GPTConfig(sequence_len=128, vocab_size=97, n_layer=2, n_head=2, n_kv_head=2, n_embd=128),
+        model = build_model(GPTConfig(sequence_len=128, vocab_size=97, n_layer=1, n_head=2, n_kv_head=2, n_embd=128),
                             "cpu")
         if fp8:
             convert_to_fp8(model)
