@@ -46,14 +46,16 @@ class Facts(Task):
         return re.search(rf"\b{re.escape(conversation['answer'])}\b", answer) is not None
 
 
-@functools.cache
+read_once = functools.cache(read_jsonl)  # several tasks share a file
+
+
 def world_rows(name: str, data: str = "") -> list[dict]:
     """The rows of one file of the world's tasks; from the folder `data`, or from the world under base_dir()."""
     folder = Path(data) if data else base_dir() / "world" / "tasks"
     path = folder / f"{name}.jsonl"
     if not path.exists():
         raise NanochatError(f"no {name}.jsonl in {folder}: write the world's tasks with python -m nanochat_lib.world")
-    return read_jsonl(path)
+    return read_once(path)
 
 
 def problems(split: str, data: str, steps: tuple[int, ...] = (1, 2)) -> Task:
