@@ -139,6 +139,16 @@ def best_stage() -> str:
 
 # %%
 #| export
+def newest(messages: list[dict], room: int, size: Callable[[list[dict]], int]) -> list[dict]:
+    """The system message, the last question and as many exchanges before it as their sizes have room for."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    rest, start = messages[len(system):], len(messages) - len(system) - 1
+    room -= size(system + rest[start:])
+    while start > 1 and (room := room - size(rest[start - 2:start])) >= 0:  # each is measured once
+        start -= 2
+    return system + rest[start:]
+
+
 @dataclass
 class ChatModel:
     """A loaded model ready to answer, and how a conversation becomes its prompt."""
@@ -166,11 +176,13 @@ class ChatModel:
 
     def fit(self, messages: list[dict]) -> list[dict]:
         """The messages without the oldest exchanges, so that a quarter of the context is free for the answer."""
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        rest = messages[len(system):]
-        while len(rest) > 1 and len(self.prompt(system + rest)) > self.context * 3 // 4:
-            rest = rest[2:]
-        return system + rest
+        if self.stage == "base":  # it reads the last one alone
+            return messages
+
+        def tokens(some: list[dict]) -> int:
+            return len(self.tokenizer.render_conversation({"messages": some}, None)[0]) - 1  # without <|bos|>
+
+        return newest(messages, self.context * 3 // 4 - 2, tokens)  # 2: <|bos|> and the last <|assistant_start|>
 
 # %% [markdown]
 # ## An answer as it comes
@@ -202,13 +214,14 @@ class Sampling:
 class Answer:
     """The answer to a conversation: iterate for its pieces; `content` is what it has said so far.
 
-    `top` likeliest tokens are noted at each place; `number` tells answers to one question apart, if they share a seed.
-    Raises NanochatError if the conversation leaves no room in the context.
+    `top` likeliest tokens are noted at each place; `number` tells answers to one question apart, if they share a seed
+    (and a `prompt`, which need not be rendered again). NanochatError if the conversation leaves no room in the context.
     """
 
-    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling, top: int = 0, number: int = 0):
+    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling, top: int = 0, number: int = 0,
+                 prompt: list[int] | None = None):
         self.model, self.sampling, self.top, self.number = model, sampling, top, number
-        self.prompt = model.prompt(messages)
+        self.prompt = model.prompt(messages) if prompt is None else prompt
         self.reader = AnswerReader(model.tokenizer, sampling.stop)
         self.said: list[tuple[str, Token]] = []  # each token with the kind of its part
         self.started, self.seconds = time.perf_counter(), 0.0
@@ -684,9 +697,13 @@ class ChatBox:
         """Go on with another model; the conversation stays."""
         def load(show):
             self.say(f"loading {stage} {tag}", error="")
-            self.session.change_model(ChatModel.load(stage, tag))
+            try:
+                self.session.change_model(ChatModel.load(stage, tag))
+            finally:
+                self.picker.label = self.session.model.name  # the one in use, if this one cannot be loaded
 
-        self.work(load)
+        if f"{stage}-{tag}" != self.session.model.name:
+            self.work(load)
 
     def work(self, task: Callable, question: str = "") -> None:
         """Do `task(show)` in a thread, drawing as it goes; what it raises is shown in the chat."""
@@ -880,6 +897,7 @@ for one in range(len(maps)):
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -895,6 +913,7 @@ from nanochat_lib.transcript import save
 HELP = ("/clear forgets the conversation, /retry answers again, /save keeps it in a file, /quit leaves (so does "
         "Ctrl-D); Ctrl-C stops an answer")
 BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("[= ", "]")}
+CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # a terminal obeys these
 
 
 class Printer:
@@ -908,7 +927,7 @@ class Printer:
         if piece.part != self.part:
             opening, closing = BRACKETS[piece.kind]
             opening, self.part, self.closing = self.closing + opening, piece.part, closing
-        print(opening + piece.text, end="", flush=True)
+        print(opening + piece.text.translate(CONTROL), end="", flush=True)
 
     def end(self, note: str) -> None:
         print(self.closing + note, flush=True)
@@ -959,6 +978,8 @@ def answer(session: ChatSession, text: str) -> None:
 #| cli chat_cli
 def chat_cli(settings: ChatCli) -> None:
     """Talk to a model in the terminal."""
+    with contextlib.suppress(AttributeError):  # a notebook's output takes every character
+        sys.stdout.reconfigure(errors="replace")
     model = ChatModel.load(settings.source, settings.model_tag, settings.step, pick_device(settings.device_type))
     session = ChatSession(model, Sampling(settings.temperature, settings.top_k, settings.max_tokens, settings.seed,
                                           settings.top_p))
@@ -1009,7 +1030,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanochat_lib.batch import Request, Token
-from nanochat_lib.chat import Answer, ChatModel, Piece
+from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling
 
 # %%
 #| export serving
@@ -1044,9 +1065,20 @@ class Replica:
         self.model, self.rows = model, min(rows, model.engine.rows_that_fit(model.context))
         self.broken = False  # its device answers no more
         self.begin()
+        self.warm_up()
 
     def begin(self) -> None:
         self.batch, self.jobs = self.model.engine.batch(self.rows), {}
+
+    def warm_up(self) -> None:
+        """Answer in a few tokens, one row and then two, so that no talker waits for what is compiled on first use."""
+        for rows in 1, 2:
+            for number in range(rows):
+                answer = Answer(self.model, [{"role": "user", "content": "hi"}], Sampling(max_tokens=2, seed=number))
+                self.add(Job(answer, lambda event: None))
+            while self.jobs:
+                if errors := [error for _, error in self.step() if error]:
+                    raise errors[0]
 
     def add(self, job: Job) -> None:
         self.jobs[job.request] = job
@@ -1107,21 +1139,29 @@ class Pool:
 
     def serve(self, replica: Replica) -> None:
         """Answer for ever: let questions join, take a step, send away what is over."""
-        while not replica.broken:
-            with self.changed:
-                self.changed.wait_for(lambda: replica.jobs or self.may_take(replica))
-                while self.may_take(replica):
-                    replica.add(self.waiting.popleft())
-                self.changed.notify_all()
-            for job, error in replica.step():
-                self.close(job, error)
+        try:
+            while not replica.broken:
+                with self.changed:
+                    self.changed.wait_for(lambda: replica.jobs or self.may_take(replica))
+                    while self.may_take(replica):
+                        replica.add(self.waiting.popleft())
+                    self.changed.notify_all()
+                for job, error in replica.step():
+                    self.close(job, error)
+        finally:
+            self.lose(replica)
+
+    def lose(self, replica: Replica) -> None:
+        """A replica has ended, whatever the reason: nobody waits for it."""
         with self.changed:
             self.replicas.remove(replica)
-            lost = [] if self.replicas else list(self.waiting)
-            self.waiting = deque() if lost else self.waiting
+            lost = list(replica.jobs.values())
+            if not self.replicas:
+                lost += self.waiting
+                self.waiting = deque()
             self.changed.notify_all()
         for job in lost:
-            self.close(job, Broken("no replica is left"))
+            self.close(job, Broken("the model's replica has ended"))
 
     def close(self, job: Job, error: Exception | None) -> None:
         """Count an answer that is over, and tell its talker."""
@@ -1161,13 +1201,13 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
 from fastapi import Request
 
-from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling
+from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling, newest
 from nanochat_lib.common import NanochatError
 from nanochat_lib.serving import Broken, Job
 
@@ -1234,6 +1274,10 @@ NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "
 PARTS = {"user": ("text",), "system": ("text",), "assistant": ("text", "python", "python_output")}
 
 
+def characters(parts: list[dict]) -> int:
+    return sum(len(part["text"]) for part in parts)
+
+
 def read_content(message: dict, role: str, where: str) -> list[dict]:
     """The content of one message as parts; a plain string is one part."""
     content = message.get("content")
@@ -1244,15 +1288,12 @@ def read_content(message: dict, role: str, where: str) -> list[dict]:
         if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") in PARTS[role]):
             raise ApiError(400, f"{where}.content must be a string, or a list of {{type, text}} with type "
                                 f"{' or '.join(PARTS[role])}", f"{where}.content")
-    if sum(len(part["text"]) for part in parts) > MAX_CHARACTERS:
-        raise ApiError(400, f"{where} is longer than {MAX_CHARACTERS:,} characters", f"{where}.content")
     return [{"type": part["type"], "text": part["text"]} for part in parts]
 
 
-def read_messages(body: dict) -> list[dict]:
-    """The conversation of a request, checked: user and assistant take turns, the user has the last word."""
-    given = body.get("messages")
-    if not isinstance(given, list) or not given or len(given) > MAX_MESSAGES:
+def read_turns(given: Any) -> list[dict]:
+    """User and assistant take turns, the user has the last word. `sent`: the characters of each message as it came."""
+    if not isinstance(given, list) or not given:
         raise ApiError(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", "messages")
     messages: list[dict] = []
     for place, message in enumerate(given):
@@ -1264,15 +1305,40 @@ def read_messages(body: dict) -> list[dict]:
         before = messages[-1]["role"] if messages else None
         if role == before:  # two in a row are one, as other servers have it
             messages[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
+            messages[-1]["sent"][where] = characters(parts)
             continue
         if role not in NEXT[before]:
             raise ApiError(400, f"{where} is by {role}, where {' or '.join(NEXT[before])} should speak", where)
-        messages.append({"role": role, "content": parts})
+        messages.append({"role": role, "content": parts, "sent": {where: characters(parts)}})
     if messages[-1]["role"] != "user":
         raise ApiError(400, "the last message must be by user", "messages")
-    if sum(len(part["text"]) for message in messages for part in message["content"]) > MAX_CHARACTERS_IN_ALL:
+    return messages
+
+
+def how_many(messages: list[dict]) -> int:
+    return sum(len(message["sent"]) for message in messages)
+
+
+def how_long(messages: list[dict]) -> int:
+    return sum(sum(message["sent"].values()) for message in messages)
+
+
+def read_messages(body: dict, fit: Callable[[list[dict]], list[dict]] | None = None) -> list[dict]:
+    """The conversation of a request, checked; with `fit` what goes beyond a limit in all is left out, oldest first."""
+    messages = read_turns(body.get("messages"))
+    if fit:
+        messages = newest(messages, MAX_MESSAGES, how_many)
+        messages = fit(newest(messages, MAX_CHARACTERS_IN_ALL, how_long))
+    if how_many(messages) > MAX_MESSAGES:
+        raise ApiError(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", "messages")
+    for message in messages:
+        for where, length in message["sent"].items():
+            if length > MAX_CHARACTERS and message["role"] != "assistant":  # an answer is as long as the model made it
+                raise ApiError(400, f"{where} is longer than {MAX_CHARACTERS:,} characters", f"{where}.content")
+    if how_long(messages) > MAX_CHARACTERS_IN_ALL:
         raise ApiError(400, f"the messages are longer than {MAX_CHARACTERS_IN_ALL:,} characters in all", "messages")
     for message in messages:
+        del message["sent"]
         if all(part["type"] == "text" for part in message["content"]):
             message["content"] = "".join(part["text"] for part in message["content"])
     return messages
@@ -1296,11 +1362,12 @@ def read_request(body: dict, model: ChatModel, defaults: Sampling) -> list[Answe
     top = number(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS, int)
     if top and not flag(body, "logprobs"):
         raise ApiError(400, "top_logprobs is given only together with logprobs: true", "top_logprobs")
-    count, messages = number(body, "n", 1, 1, MAX_CHOICES, int), read_messages(body)
-    if body.get("truncation") == "auto":  # as in OpenAI's newer API: leave out the oldest messages that do not fit
-        messages = model.fit(messages)
+    count = number(body, "n", 1, 1, MAX_CHOICES, int)
+    # as in OpenAI's newer API: leave out the oldest messages that do not fit
+    messages = read_messages(body, model.fit if body.get("truncation") == "auto" else None)
     try:
-        return [Answer(model, messages, sampling, top, index) for index in range(count)]
+        first = Answer(model, messages, sampling, top)
+        return [first, *(Answer(model, messages, sampling, top, index, first.prompt) for index in range(1, count))]
     except NanochatError as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
 
@@ -1440,9 +1507,12 @@ def event_line(value: dict) -> str:
 
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -1455,19 +1525,19 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tyro.conf import arg
 
 import nanochat_lib
 from nanochat_lib.chat import ChatModel, Sampling
 from nanochat_lib.common import NanochatError, pick_device, run_cli
-from nanochat_lib.protocol import ApiError, Reply, flag, read_request
+from nanochat_lib.protocol import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, ApiError, Reply, flag, read_request
 from nanochat_lib.serving import Broken, Full, Pool
 
 # %%
 #| export scripts/chat_web
 MAX_BYTES = 1 << 20  # of a request: far more than the limits of its messages let through
 SECONDS_TO_SEND = 20
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 async def read_body(request: Request) -> dict:
@@ -1526,22 +1596,44 @@ class ChatWeb:
     device_type: str = ""
 
 
+LIMITS = {"temperature": (0, MAX_TEMPERATURE), "top_k": (0, MAX_TOP_K), "max_tokens": (1, MAX_TOKENS),
+          "rows": (1, 1_024), "max_waiting": (0, 10_000)}
+
+
+def check(settings: ChatWeb) -> None:
+    """NanochatError for a setting with which no request could be answered."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise NanochatError(f"--{name.replace('_', '-')} {value:g}: give a number from {low:g} to {high:,g}")
+
 # %%
 #| export scripts/chat_web
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+POLICY = ("default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+          "form-action 'none'; frame-ancestors 'none'; script-src 'sha256-{}'")
+
+
+def policy(page: str) -> str:
+    """What a browser may do for the page: run the script it has, and no other."""
+    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
+    return POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
 def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     """The server over a pool of replicas."""
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
-    if settings.host in ("127.0.0.1", "localhost"):  # a web site that renames itself to this address gets nothing
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    async def at_home(request: Request) -> None:
+        name = request.headers.get("host", "").partition(":")[0]
+        if settings.host in LOOPBACK and name not in LOOPBACK:  # a web site that renames itself to this address
+            raise ApiError(400, f"this server answers to {' and '.join(LOOPBACK)} only, unless started with --host")
+
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(at_home)])
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=[settings.cors], allow_methods=["GET", "POST"],
                            allow_headers=["Authorization", "Content-Type"])
     key = settings.api_key or os.environ.get("NANOCHAT_API_KEY", "")
     defaults = Sampling(settings.temperature, settings.top_k, settings.max_tokens)
     page = (Path(nanochat_lib.__file__).parent / "chat.html").read_text()
+    rules = policy(page)
     model = pool.replicas[0].model
 
     async def guard(request: Request) -> None:
@@ -1567,7 +1659,7 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
 
     @app.get("/")
     async def index() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
+        return HTMLResponse(page, headers={"Content-Security-Policy": rules, "X-Content-Type-Options": "nosniff"})
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     @app.post("/chat/completions", dependencies=guarded)
@@ -1621,6 +1713,7 @@ class Server(uvicorn.Server):
 #| cli chat_web
 def chat_web(settings: ChatWeb) -> None:
     """Serve a model to browsers and to clients of OpenAI's API."""
+    check(settings)
     kind = pick_device(settings.device_type)
     gpus = torch.cuda.device_count() if kind == "cuda" else 1
     replicas = gpus if settings.num_gpus < 0 else settings.num_gpus
@@ -1631,7 +1724,7 @@ def chat_web(settings: ChatWeb) -> None:
     pool = Pool(models, settings.max_waiting, settings.rows)
     app = make_app(pool, settings)
     print(f"{models[0].name} on {', '.join(devices)}: http://{settings.host}:{settings.port}", flush=True)
-    if settings.host not in ("127.0.0.1", "localhost") and not (settings.api_key or os.environ.get("NANOCHAT_API_KEY")):
+    if settings.host not in LOOPBACK and not (settings.api_key or os.environ.get("NANOCHAT_API_KEY")):
         print("anyone who reaches this machine can use it: set NANOCHAT_API_KEY to ask for a key", flush=True)
     Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning",
                           timeout_graceful_shutdown=2), pool).run()
@@ -1676,7 +1769,9 @@ with urlopen(web_request) as stream:
 # With OpenAI's own client it is `openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")`. `stop`, `seed`,
 # `top_p`, `logprobs` and their like are heeded, and `n` answers to one question share its prompt; what would be ignored
 # (`tools`, `response_format`) is refused. (Log-probabilities are the model's own, of temperature 1 before top-k and
-# top-p, whatever the answer was sampled with.) And what is wrong with a request is said before any model works on it:
+# top-p, whatever the answer was sampled with.) A chat that has outgrown the limits is refused as well, unless the
+# request says `"truncation": "auto"`, as those of the page do: then its oldest exchanges are left out. And what is
+# wrong with a request is said before any model works on it:
 
 # %%
 for messages in ([], [{"role": "assistant", "content": "me first"}], [{"role": "user", "content": "x" * 9000}]):
@@ -1756,6 +1851,9 @@ async def ask(address: str, key: str, method: str, path: str, body: bytes = b"")
 
 # %%
 #| export load
+MAX_GROWTH = 100_000_000  # bytes a server may take after the first quarter of the load: it has seen every kind by then
+
+
 @dataclass
 class Results:
     """What the clients saw."""
@@ -1774,10 +1872,12 @@ class Results:
     @property
     def faults(self) -> list[str]:
         """What no server may do; an empty list if it did nothing of that."""
+        grown = self.memory[-1] - self.memory[0] if self.memory else 0
         return [f"{count} malformed requests were answered with status {status}"
                 for status, count in sorted(self.statuses.items()) if not 400 <= status < 500] + [
                 f"{self.outcomes[name]} answers were {name}" for name in ("wrong", "crossed", "lost", "failed")
-                if self.outcomes[name]]
+                if self.outcomes[name]] + [
+                f"the server's memory grew by {grown / 1e6:.0f} MB after the first quarter"] * (grown > MAX_GROWTH)
 
 # %%
 #| export load
@@ -1884,7 +1984,7 @@ from nanochat_lib.common import NanochatError, run_cli
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
 from nanochat_lib.load import Load, Results, ask
-from nanochat_lib.scripts.chat_web import ChatWeb, make_app
+from nanochat_lib.scripts.chat_web import ChatWeb, check, make_app
 from nanochat_lib.serving import Pool
 from nanochat_lib.tokenizer import Tokenizer
 
@@ -1999,8 +2099,9 @@ def report(settings: ChatLoad, results: Results) -> None:
 #| cli chat_load
 def chat_load(settings: ChatLoad) -> None:
     """Play many clients of a chat server, and fail if it does."""
+    check(server := ChatWeb(port=settings.serve, top_k=50, rows=settings.rows))
     if settings.serve:
-        app = make_app(Pool([served(settings)], rows=settings.rows), ChatWeb(port=settings.serve, top_k=50))
+        app = make_app(Pool([served(settings)], rows=settings.rows), server)
         return uvicorn.run(app, host="127.0.0.1", port=settings.serve, log_level="warning")
     answers, process, address = {}, None, settings.address
     if not address:

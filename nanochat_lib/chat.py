@@ -93,6 +93,16 @@ def best_stage() -> str:
                         "python -m nanochat_lib.pipeline --preset laptop")
 
 
+def newest(messages: list[dict], room: int, size: Callable[[list[dict]], int]) -> list[dict]:
+    """The system message, the last question and as many exchanges before it as their sizes have room for."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    rest, start = messages[len(system):], len(messages) - len(system) - 1
+    room -= size(system + rest[start:])
+    while start > 1 and (room := room - size(rest[start - 2:start])) >= 0:  # each is measured once
+        start -= 2
+    return system + rest[start:]
+
+
 @dataclass
 class ChatModel:
     """A loaded model ready to answer, and how a conversation becomes its prompt."""
@@ -120,11 +130,13 @@ class ChatModel:
 
     def fit(self, messages: list[dict]) -> list[dict]:
         """The messages without the oldest exchanges, so that a quarter of the context is free for the answer."""
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        rest = messages[len(system):]
-        while len(rest) > 1 and len(self.prompt(system + rest)) > self.context * 3 // 4:
-            rest = rest[2:]
-        return system + rest
+        if self.stage == "base":  # it reads the last one alone
+            return messages
+
+        def tokens(some: list[dict]) -> int:
+            return len(self.tokenizer.render_conversation({"messages": some}, None)[0]) - 1  # without <|bos|>
+
+        return newest(messages, self.context * 3 // 4 - 2, tokens)  # 2: <|bos|> and the last <|assistant_start|>
 
 
 @dataclass(frozen=True)
@@ -148,13 +160,14 @@ class Sampling:
 class Answer:
     """The answer to a conversation: iterate for its pieces; `content` is what it has said so far.
 
-    `top` likeliest tokens are noted at each place; `number` tells answers to one question apart, if they share a seed.
-    Raises NanochatError if the conversation leaves no room in the context.
+    `top` likeliest tokens are noted at each place; `number` tells answers to one question apart, if they share a seed
+    (and a `prompt`, which need not be rendered again). NanochatError if the conversation leaves no room in the context.
     """
 
-    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling, top: int = 0, number: int = 0):
+    def __init__(self, model: ChatModel, messages: list[dict], sampling: Sampling, top: int = 0, number: int = 0,
+                 prompt: list[int] | None = None):
         self.model, self.sampling, self.top, self.number = model, sampling, top, number
-        self.prompt = model.prompt(messages)
+        self.prompt = model.prompt(messages) if prompt is None else prompt
         self.reader = AnswerReader(model.tokenizer, sampling.stop)
         self.said: list[tuple[str, Token]] = []  # each token with the kind of its part
         self.started, self.seconds = time.perf_counter(), 0.0

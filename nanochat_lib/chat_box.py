@@ -83,9 +83,13 @@ class ChatBox:
         """Go on with another model; the conversation stays."""
         def load(show):
             self.say(f"loading {stage} {tag}", error="")
-            self.session.change_model(ChatModel.load(stage, tag))
+            try:
+                self.session.change_model(ChatModel.load(stage, tag))
+            finally:
+                self.picker.label = self.session.model.name  # the one in use, if this one cannot be loaded
 
-        self.work(load)
+        if f"{stage}-{tag}" != self.session.model.name:
+            self.work(load)
 
     def work(self, task: Callable, question: str = "") -> None:
         """Do `task(show)` in a thread, drawing as it goes; what it raises is shown in the chat."""

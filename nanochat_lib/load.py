@@ -56,6 +56,9 @@ async def ask(address: str, key: str, method: str, path: str, body: bytes = b"")
             return 0, b""
 
 
+MAX_GROWTH = 100_000_000  # bytes a server may take after the first quarter of the load: it has seen every kind by then
+
+
 @dataclass
 class Results:
     """What the clients saw."""
@@ -74,10 +77,12 @@ class Results:
     @property
     def faults(self) -> list[str]:
         """What no server may do; an empty list if it did nothing of that."""
+        grown = self.memory[-1] - self.memory[0] if self.memory else 0
         return [f"{count} malformed requests were answered with status {status}"
                 for status, count in sorted(self.statuses.items()) if not 400 <= status < 500] + [
                 f"{self.outcomes[name]} answers were {name}" for name in ("wrong", "crossed", "lost", "failed")
-                if self.outcomes[name]]
+                if self.outcomes[name]] + [
+                f"the server's memory grew by {grown / 1e6:.0f} MB after the first quarter"] * (grown > MAX_GROWTH)
 
 
 class Load:

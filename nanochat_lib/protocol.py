@@ -8,13 +8,13 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
 from fastapi import Request
 
-from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling
+from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling, newest
 from nanochat_lib.common import NanochatError
 from nanochat_lib.serving import Broken, Job
 
@@ -79,6 +79,10 @@ NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "
 PARTS = {"user": ("text",), "system": ("text",), "assistant": ("text", "python", "python_output")}
 
 
+def characters(parts: list[dict]) -> int:
+    return sum(len(part["text"]) for part in parts)
+
+
 def read_content(message: dict, role: str, where: str) -> list[dict]:
     """The content of one message as parts; a plain string is one part."""
     content = message.get("content")
@@ -89,15 +93,12 @@ def read_content(message: dict, role: str, where: str) -> list[dict]:
         if not (isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") in PARTS[role]):
             raise ApiError(400, f"{where}.content must be a string, or a list of {{type, text}} with type "
                                 f"{' or '.join(PARTS[role])}", f"{where}.content")
-    if sum(len(part["text"]) for part in parts) > MAX_CHARACTERS:
-        raise ApiError(400, f"{where} is longer than {MAX_CHARACTERS:,} characters", f"{where}.content")
     return [{"type": part["type"], "text": part["text"]} for part in parts]
 
 
-def read_messages(body: dict) -> list[dict]:
-    """The conversation of a request, checked: user and assistant take turns, the user has the last word."""
-    given = body.get("messages")
-    if not isinstance(given, list) or not given or len(given) > MAX_MESSAGES:
+def read_turns(given: Any) -> list[dict]:
+    """User and assistant take turns, the user has the last word. `sent`: the characters of each message as it came."""
+    if not isinstance(given, list) or not given:
         raise ApiError(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", "messages")
     messages: list[dict] = []
     for place, message in enumerate(given):
@@ -109,15 +110,40 @@ def read_messages(body: dict) -> list[dict]:
         before = messages[-1]["role"] if messages else None
         if role == before:  # two in a row are one, as other servers have it
             messages[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
+            messages[-1]["sent"][where] = characters(parts)
             continue
         if role not in NEXT[before]:
             raise ApiError(400, f"{where} is by {role}, where {' or '.join(NEXT[before])} should speak", where)
-        messages.append({"role": role, "content": parts})
+        messages.append({"role": role, "content": parts, "sent": {where: characters(parts)}})
     if messages[-1]["role"] != "user":
         raise ApiError(400, "the last message must be by user", "messages")
-    if sum(len(part["text"]) for message in messages for part in message["content"]) > MAX_CHARACTERS_IN_ALL:
+    return messages
+
+
+def how_many(messages: list[dict]) -> int:
+    return sum(len(message["sent"]) for message in messages)
+
+
+def how_long(messages: list[dict]) -> int:
+    return sum(sum(message["sent"].values()) for message in messages)
+
+
+def read_messages(body: dict, fit: Callable[[list[dict]], list[dict]] | None = None) -> list[dict]:
+    """The conversation of a request, checked; with `fit` what goes beyond a limit in all is left out, oldest first."""
+    messages = read_turns(body.get("messages"))
+    if fit:
+        messages = newest(messages, MAX_MESSAGES, how_many)
+        messages = fit(newest(messages, MAX_CHARACTERS_IN_ALL, how_long))
+    if how_many(messages) > MAX_MESSAGES:
+        raise ApiError(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", "messages")
+    for message in messages:
+        for where, length in message["sent"].items():
+            if length > MAX_CHARACTERS and message["role"] != "assistant":  # an answer is as long as the model made it
+                raise ApiError(400, f"{where} is longer than {MAX_CHARACTERS:,} characters", f"{where}.content")
+    if how_long(messages) > MAX_CHARACTERS_IN_ALL:
         raise ApiError(400, f"the messages are longer than {MAX_CHARACTERS_IN_ALL:,} characters in all", "messages")
     for message in messages:
+        del message["sent"]
         if all(part["type"] == "text" for part in message["content"]):
             message["content"] = "".join(part["text"] for part in message["content"])
     return messages
@@ -140,11 +166,12 @@ def read_request(body: dict, model: ChatModel, defaults: Sampling) -> list[Answe
     top = number(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS, int)
     if top and not flag(body, "logprobs"):
         raise ApiError(400, "top_logprobs is given only together with logprobs: true", "top_logprobs")
-    count, messages = number(body, "n", 1, 1, MAX_CHOICES, int), read_messages(body)
-    if body.get("truncation") == "auto":  # as in OpenAI's newer API: leave out the oldest messages that do not fit
-        messages = model.fit(messages)
+    count = number(body, "n", 1, 1, MAX_CHOICES, int)
+    # as in OpenAI's newer API: leave out the oldest messages that do not fit
+    messages = read_messages(body, model.fit if body.get("truncation") == "auto" else None)
     try:
-        return [Answer(model, messages, sampling, top, index) for index in range(count)]
+        first = Answer(model, messages, sampling, top)
+        return [first, *(Answer(model, messages, sampling, top, index, first.prompt) for index in range(1, count))]
     except NanochatError as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanochat_lib.batch import Request, Token
-from nanochat_lib.chat import Answer, ChatModel, Piece
+from nanochat_lib.chat import Answer, ChatModel, Piece, Sampling
 
 
 class Full(Exception):
@@ -43,9 +43,20 @@ class Replica:
         self.model, self.rows = model, min(rows, model.engine.rows_that_fit(model.context))
         self.broken = False  # its device answers no more
         self.begin()
+        self.warm_up()
 
     def begin(self) -> None:
         self.batch, self.jobs = self.model.engine.batch(self.rows), {}
+
+    def warm_up(self) -> None:
+        """Answer in a few tokens, one row and then two, so that no talker waits for what is compiled on first use."""
+        for rows in 1, 2:
+            for number in range(rows):
+                answer = Answer(self.model, [{"role": "user", "content": "hi"}], Sampling(max_tokens=2, seed=number))
+                self.add(Job(answer, lambda event: None))
+            while self.jobs:
+                if errors := [error for _, error in self.step() if error]:
+                    raise errors[0]
 
     def add(self, job: Job) -> None:
         self.jobs[job.request] = job
@@ -105,21 +116,29 @@ class Pool:
 
     def serve(self, replica: Replica) -> None:
         """Answer for ever: let questions join, take a step, send away what is over."""
-        while not replica.broken:
-            with self.changed:
-                self.changed.wait_for(lambda: replica.jobs or self.may_take(replica))
-                while self.may_take(replica):
-                    replica.add(self.waiting.popleft())
-                self.changed.notify_all()
-            for job, error in replica.step():
-                self.close(job, error)
+        try:
+            while not replica.broken:
+                with self.changed:
+                    self.changed.wait_for(lambda: replica.jobs or self.may_take(replica))
+                    while self.may_take(replica):
+                        replica.add(self.waiting.popleft())
+                    self.changed.notify_all()
+                for job, error in replica.step():
+                    self.close(job, error)
+        finally:
+            self.lose(replica)
+
+    def lose(self, replica: Replica) -> None:
+        """A replica has ended, whatever the reason: nobody waits for it."""
         with self.changed:
             self.replicas.remove(replica)
-            lost = [] if self.replicas else list(self.waiting)
-            self.waiting = deque() if lost else self.waiting
+            lost = list(replica.jobs.values())
+            if not self.replicas:
+                lost += self.waiting
+                self.waiting = deque()
             self.changed.notify_all()
         for job in lost:
-            self.close(job, Broken("no replica is left"))
+            self.close(job, Broken("the model's replica has ended"))
 
     def close(self, job: Job, error: Exception | None) -> None:
         """Count an answer that is over, and tell its talker."""

@@ -118,12 +118,36 @@ def test_page_shows_errors_and_can_try_again(server, open_page):
     page.wait_for_selector(".error:has-text('the message is longer than 8,000')")
     assert page.input_value("#entry") == "x" * 8001 and not page.query_selector(".user"), "given back, to be mended"
     assert not page.query_selector("text=Try again"), "it would be refused again"
+    say(page, "é " * 3000)
+    page.wait_for_selector(".error:has-text('the model reads 1,024')")
+    assert page.input_value("#entry") == "é " * 2999 + "é"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=400, json={"error": {
+        "message": "messages[7] is odd", "param": "messages[7].content"}}))
+    say(page, "short")
+    page.wait_for_selector(".error:has-text('messages[7] is odd')")
+    assert page.input_value("#entry") == "" and page.inner_text(".user") == "short", "it is not this one's fault"
+    page.unroute("**/v1/chat/completions")
     page.route("**/v1/chat/completions", lambda route: route.abort())
     say(page, "hello")
     page.wait_for_selector(".error:has-text('cannot be reached')")
     page.unroute("**/v1/chat/completions")
     page.click("text=Try again")
     assert answers(page) == ["You said: hello (né 日本)"] and not page.query_selector(".error")
+
+
+def test_page_goes_on_however_long_the_chat_has_grown(server, open_page):
+    url, _ = server
+    page = open_page(url)
+    page.evaluate("""for (let i = 0; i < 300; i++) messages.push({role: "user", content: "é".repeat(3000)},
+                     {role: "assistant", content: [{type: "text", text: "é".repeat(9000)}]})""")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "hello")
+    assert answers(page) == ["You said: hello (né 日本)"] and not page.query_selector(".error")
+    assert len(sent.value.post_data_buffer) < 1 << 20
+    assert page.evaluate("messages.length") == 602, "the page itself forgets nothing"
+    say(page, "x" * 8001)
+    page.wait_for_selector(".error:has-text('the message is longer than 8,000')")
+    assert page.input_value("#entry") == "x" * 8001
 
 
 def test_page_settings_phone_and_dark(server, open_page):

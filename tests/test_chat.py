@@ -1,11 +1,14 @@
 """Lesson 12: the session, the notebook's chat box, the terminal, the server."""
 
 import contextlib
+import io
 import json
 import os
 import pty
+import random
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,14 +22,14 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from scripted import scripted_model, serving, until
+from scripted import ScriptedBatch, scripted_model, serving, until
 
-from nanochat_lib.chat import Answer, AnswerReader, ChatModel, ChatSession, Sampling, best_stage, list_models
+from nanochat_lib.chat import Answer, AnswerReader, ChatModel, ChatSession, Piece, Sampling, best_stage, list_models
 from nanochat_lib.chat_box import ChatBox, bubble
 from nanochat_lib.checkpoint import save_checkpoint
 from nanochat_lib.common import NanochatError, Runtime
 from nanochat_lib.protocol import MAX_CHARACTERS, MAX_MESSAGES
-from nanochat_lib.scripts.chat_cli import ChatCli, chat_cli
+from nanochat_lib.scripts.chat_cli import ChatCli, Printer, chat_cli
 from nanochat_lib.scripts.chat_web import ChatWeb, Server, chat_web
 from nanochat_lib.serving import Broken, Full, Job, Pool
 
@@ -157,6 +160,22 @@ def test_what_does_not_fit_is_left_out_oldest_first(make_model, tokenizer):
     assert model.fit([system, *session.messages[:-1]])[0] == system
 
 
+def test_what_is_left_out_is_as_little_as_possible_and_found_by_encoding_little(make_model, tokenizer, monkeypatch):
+    model, dice = scripted_model(make_model, tokenizer, context=256), random.Random(5)
+    for length in (1, 3, 21, 499):
+        talk = [{"role": ("user", "assistant")[place % 2], "content": "word é " * dice.randrange(9)}
+                for place in range(length)]
+        due = next(talk[start:] for start in range(0, length, 2)
+                   if start == length - 1 or len(model.prompt(talk[start:])) <= 192)
+        encoded, encode = [], type(tokenizer).encode
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tokenizer), "encode", lambda *args, **more: encoded.append(0) or encode(*args, **more))
+            assert model.fit(talk) == due
+        assert len(encoded) <= len(due) + 2, "each message that is kept, and the first exchange that is not"
+    base = scripted_model(make_model, tokenizer, stage="base", context=256)
+    assert base.fit(talk) == talk, "it reads the last message alone: there is nothing to leave out"
+
+
 def test_a_base_model_continues_the_text_itself(make_model, tokenizer):
     base = scripted_model(make_model, tokenizer, stage="base")
     answer = ChatSession(base, GREEDY).send("Anna lives")
@@ -230,6 +249,18 @@ def test_box_changes_models_and_keeps_the_conversation(checkpoint):
     assert bubble("assistant", "") and not box.error
 
 
+def test_box_shows_the_model_in_use_after_one_that_could_not_be_loaded(checkpoint, base_dir):
+    checkpoint("sft")
+    checkpoint("base")
+    box = ChatBox()
+    shutil.rmtree(base_dir / "base_checkpoints")
+    box.picker.value = ("base", "d3")
+    thread = box.thread
+    thread.join(10)
+    assert "no base checkpoint" in box.error and box.session.model.name == box.picker.label == "sft-d3"
+    assert box.thread is thread, "the model in use is not loaded once more"
+
+
 # --- the terminal ---------------------------------------------------------------------------------------------------
 
 CLI = [sys.executable, "-m", "nanochat_lib.scripts.chat_cli", "--device-type=cpu"]
@@ -243,6 +274,23 @@ def test_cli_answers_one_prompt_and_without_a_model_says_what_to_run(base_dir, c
     assert done.returncode == 0 and "[length]" in done.stdout, done.stderr
     chat_cli(ChatCli(prompt="hi", max_tokens=8, seed=1, device_type="cpu"))
     assert capsys.readouterr().out == done.stdout
+
+
+def test_cli_prints_no_control_characters_of_the_models(capsys):
+    printer = Printer()
+    printer(Piece("text", "a\x1b[2J\x1b]0;owned\x07b\r\n\tc\x9b1m\x7f", 0))
+    printer(Piece("python", "1\x08+1", 1))
+    printer.end("")
+    assert capsys.readouterr().out == "a[2J]0;ownedb\n\tc1m[1+1]\n"
+
+
+def test_cli_goes_on_where_the_terminal_lacks_a_character(model, monkeypatch):
+    plain = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", plain)
+    monkeypatch.setattr("nanochat_lib.scripts.chat_cli.ChatModel.load", lambda *_: model)
+    chat_cli(ChatCli(prompt="hi", device_type="cpu", seed=1))
+    plain.flush()
+    assert plain.buffer.getvalue() == b"You said: hi (n? ??)\n"
 
 
 class Terminal:
@@ -377,6 +425,8 @@ BAD = [
     ({}, "messages must be a list"), ({"messages": []}, "messages must be a list"),
     ({"messages": "hi"}, "messages must be"), ({"messages": [*TOO_MANY, TOO_MANY[0]]}, "1 to 500 messages"),
     (say("x" * (MAX_CHARACTERS + 1)), "longer than 8,000 characters"),
+    (talk(("user", "x" * (MAX_CHARACTERS + 1)), ("assistant", "x"), ("user", "x")), "[0] is longer than 8,000"),
+    (talk(("user", "x"), ("assistant", "x" * 32_000), ("user", "x")), "32,000 characters"),
     (talk(*[(role, "x" * 7000) for role in ("user", "assistant", "user", "assistant", "user")]), "32,000 characters"),
     ({"messages": [{"role": "user"}]}, "content must be"),
     (talk(("user", "x"), ("assistant", None), "hi"), "needs a role"), (talk(("tool", "x")), "needs a role"),
@@ -417,7 +467,10 @@ def test_bad_requests_are_refused_in_openais_format(client):
         assert answer.status_code == status and answer.json()["error"]["message"], content[:20]
     assert client.get("/nowhere").json()["error"]["message"] == "Not Found"
     assert client.get("/v1/chat/completions").status_code == 405
-    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    for path in ("/", "/health", "/v1/models"):
+        other = client.get(path, headers={"Host": "evil.example:80"})
+        assert other.status_code == 400 and other.json()["error"]["type"] == "invalid_request_error"
+        assert "127.0.0.1" in other.json()["error"]["message"]
     assert client.get("/stats").json()["failed"] == 0
     answer = client.post("/v1/chat/completions", json=say("hi"))
     assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
@@ -440,6 +493,27 @@ def test_good_requests_of_other_clients(client):
     assert content({**long, "truncation": "auto"}).startswith("You said: hi")
 
 
+def test_a_chat_beyond_every_limit_goes_on_with_its_newest_messages(client):
+    """With truncation "auto" the limits are those of what is left; what an answer said is never too long by itself."""
+    auto, word = {"truncation": "auto"}, [("user", "a"), ("assistant", "b")]
+
+    def ask(*pairs, **more):
+        answer = client.post("/v1/chat/completions", json={**talk(*pairs), **more})
+        return answer.json().get("error", {}).get("message") or answer.json()["choices"][0]["message"]["content"]
+
+    kept = [("user", "hello"), ("assistant", "é" * 8001), ("user", "hi")]
+    assert "the model reads 1,024" in ask(*kept), "no limit of characters"
+    for pairs in (kept, [("user", "x"), ("assistant", "x" * 40_000), ("user", "hi")], [*word * 3000, ("user", "hi")],
+                  [("user", "x" * 9000), ("assistant", "x"), ("user", "hi")],
+                  [*[("user", "a")] * 600, *word, ("user", "hi")],
+                  [("user", "x" * 7000), ("assistant", "x" * 7000)] * 9 + [("user", "hi")]):
+        assert ask(("system", "be brief"), *pairs, **auto).endswith("hi (né 日本)"), str(pairs)[:80]
+    assert ask(*word, ("user", "x" * 8001), **auto) == "messages[2] is longer than 8,000 characters"
+    assert ask(*word, *[("user", "x" * 7000)] * 5, **auto) == "the messages are longer than 32,000 characters in all"
+    assert "1 to 500 messages" in ask(*word, *[("user", "x")] * 501, **auto)
+    assert "the model reads 1,024" in ask(*word, ("user", "é " * 3000), **auto)
+
+
 def test_health_models_stats_and_page(client):
     assert client.get("/health").json() == {"status": "ok", "model": "sft-d3"}
     card = client.get("/v1/models").json()["data"][0]
@@ -448,7 +522,11 @@ def test_health_models_stats_and_page(client):
     stats = client.get("/stats").json()
     assert stats["finished"] == 1 and stats["running"] == stats["waiting"] == 0 and stats["completion_tokens"] > 0
     page = client.get("/")
-    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"].split("; ")
+    assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'", "base-uri 'none'",
+            "form-action 'none'"} < set(policy)
+    [script] = [rule for rule in policy if rule.startswith("script-src")]
+    assert "unsafe" not in script, "the browser's tests show that the page's own script may run"
     assert "http://" not in page.text and "https://" not in page.text and "innerHTML" not in page.text
 
 
@@ -540,6 +618,41 @@ def test_a_replica_that_breaks_leaves_the_others_and_the_last_one_says_so(make_m
             assert seen[-1] == 500 and client.get("/health").status_code == (200 if left else 503)
         refused = client.post("/v1/chat/completions", json=say("hi"))
         assert refused.status_code == 503 and refused.json()["error"]["type"] == "server_error"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_replica_whose_thread_dies_is_gone_and_its_talkers_are_told(model):
+    with serving(model) as (url, pool):
+        def die(*_):
+            raise SystemExit  # no Exception, which it would survive
+
+        pool.replicas[0].step = die
+        answer = httpx.post(url + "/v1/chat/completions", json=say("hi"), timeout=20)
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
+        assert httpx.get(url + "/health").status_code == 503 and pool.stats()["failed"] == 1
+
+
+def test_a_replica_has_answered_before_the_first_question_comes(model, monkeypatch):
+    sizes, choose = [], ScriptedBatch.choose
+    monkeypatch.setattr(ScriptedBatch, "choose", lambda batch: sizes.append(len(batch.running)) or choose(batch))
+    pool = Pool([model])
+    [batch] = model.engine.batches
+    assert batch is pool.replicas[0].batch and not pool.replicas[0].jobs, "the very batch that will serve"
+    assert sizes == [1, 1, 2, 2] and pool.stats()["finished"] == pool.stats()["completion_tokens"] == 0
+    model.engine.script = lambda question: RuntimeError("out of luck")
+    with pytest.raises(RuntimeError, match="out of luck"):
+        Pool([model])
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"rows": 0}, "--rows 0: .* 1 to"), ({"max_waiting": -1}, "--max-waiting -1: .* 0 to"),
+    ({"temperature": -1}, "--temperature -1: .* 0 to 2"), ({"temperature": float("nan")}, "--temperature nan"),
+    ({"top_k": -1}, "--top-k -1: .* 0 to 200"), ({"max_tokens": 0}, "--max-tokens 0: .* 1 to 4,096")])
+def test_settings_that_no_request_could_have_are_refused_at_the_start(wrong, said, model, monkeypatch):
+    monkeypatch.setattr("nanochat_lib.scripts.chat_web.Server.run", lambda *_: None)
+    monkeypatch.setattr("nanochat_lib.scripts.chat_web.ChatModel.load", lambda *_: model)
+    with pytest.raises(NanochatError, match=said):
+        chat_web(ChatWeb(device_type="cpu", **wrong))
 
 
 def test_questions_in_line_are_told_when_the_last_replica_breaks(slow):

@@ -14,7 +14,7 @@ from scripted import scripted_model, serving, until
 from nanochat_lib.batch import Token
 from nanochat_lib.chat import Answer, AnswerReader, ChatModel, Sampling
 from nanochat_lib.engine import Engine
-from nanochat_lib.protocol import Reply
+from nanochat_lib.protocol import Reply, read_request
 from nanochat_lib.scripts.chat_web import ChatWeb, chat_web, make_app
 from nanochat_lib.serving import Pool
 
@@ -164,7 +164,7 @@ def test_a_chunk_has_its_own_tokens_however_late_it_is_sent(model, tokenizer):
 # --- several answers to one question --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_several_answers_are_those_of_the_engine_asked_for_as_many_samples(plain, tokenizer, stream):
+def test_several_answers_are_those_of_the_engine_asked_for_as_many_samples(plain, tokenizer, stream, monkeypatch):
     messages = [{"role": "user", "content": "hello, and tell me something long enough to be shared"}]
     with serving(plain) as (url, pool):
         reply = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0).chat.completions.create(
@@ -187,6 +187,11 @@ def test_several_answers_are_those_of_the_engine_asked_for_as_many_samples(plain
         assert end == ("stop" if completion.finish_reason == "stop" else "length") and len(entries) > 5
         assert entries[0].logprob == pytest.approx(completion.logprobs[0], abs=1e-3)
     assert usage.prompt_tokens == len(plain.prompt(messages)), "the question is read, and counted, once"
+    with monkeypatch.context() as patch:
+        rendered, prompt = [], ChatModel.prompt
+        patch.setattr(ChatModel, "prompt", lambda model, messages: rendered.append(0) or prompt(model, messages))
+        answers = read_request({"messages": messages, "n": 16}, plain, Sampling())
+        assert len(rendered) == 1 and [answer.number for answer in answers] == list(range(16))
     assert usage.completion_tokens == sum(len(c.tokens) + (c.stop_token is not None) for c in expected)
 
 

@@ -86,5 +86,11 @@ def test_a_server_that_accepts_nonsense_or_breaks_on_it_is_noticed(model, monkey
 
 def test_quantiles_and_a_server_that_is_not_there():
     assert Results(first_token=[0.3, 0.1, 0.2]).quantile(0.99) == 0.3
+    assert Results(memory=[500_000_000, 900_000_000, 510_000_000, 590_000_000]).faults == []
+    assert Results(memory=[500_000_000, 550_000_000, 600_000_000, 650_000_000]).faults == [
+        "the server's memory grew by 150 MB after the first quarter"]
+    assert Results(memory=[0, 0, 0, 0]).faults == Results().faults == []
     with pytest.raises((NanochatError, OSError)):
         chat_load(ChatLoad(address="127.0.0.1:9", requests=4))
+    with pytest.raises(NanochatError, match="--rows 0: give a number from 1"):
+        chat_load(ChatLoad(rows=0))

@@ -4,6 +4,7 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,6 +19,7 @@ from nanochat_lib.transcript import save
 HELP = ("/clear forgets the conversation, /retry answers again, /save keeps it in a file, /quit leaves (so does "
         "Ctrl-D); Ctrl-C stops an answer")
 BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("[= ", "]")}
+CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # a terminal obeys these
 
 
 class Printer:
@@ -31,7 +33,7 @@ class Printer:
         if piece.part != self.part:
             opening, closing = BRACKETS[piece.kind]
             opening, self.part, self.closing = self.closing + opening, piece.part, closing
-        print(opening + piece.text, end="", flush=True)
+        print(opening + piece.text.translate(CONTROL), end="", flush=True)
 
     def end(self, note: str) -> None:
         print(self.closing + note, flush=True)
@@ -79,6 +81,8 @@ def answer(session: ChatSession, text: str) -> None:
 
 def chat_cli(settings: ChatCli) -> None:
     """Talk to a model in the terminal."""
+    with contextlib.suppress(AttributeError):  # a notebook's output takes every character
+        sys.stdout.reconfigure(errors="replace")
     model = ChatModel.load(settings.source, settings.model_tag, settings.step, pick_device(settings.device_type))
     session = ChatSession(model, Sampling(settings.temperature, settings.top_k, settings.max_tokens, settings.seed,
                                           settings.top_p))

@@ -25,7 +25,7 @@ from nanochat_lib.common import NanochatError, run_cli
 from nanochat_lib.engine import Engine
 from nanochat_lib.gpt import GPTConfig, build_model
 from nanochat_lib.load import Load, Results, ask
-from nanochat_lib.scripts.chat_web import ChatWeb, make_app
+from nanochat_lib.scripts.chat_web import ChatWeb, check, make_app
 from nanochat_lib.serving import Pool
 from nanochat_lib.tokenizer import Tokenizer
 
@@ -136,8 +136,9 @@ def report(settings: ChatLoad, results: Results) -> None:
 
 def chat_load(settings: ChatLoad) -> None:
     """Play many clients of a chat server, and fail if it does."""
+    check(server := ChatWeb(port=settings.serve, top_k=50, rows=settings.rows))
     if settings.serve:
-        app = make_app(Pool([served(settings)], rows=settings.rows), ChatWeb(port=settings.serve, top_k=50))
+        app = make_app(Pool([served(settings)], rows=settings.rows), server)
         return uvicorn.run(app, host="127.0.0.1", port=settings.serve, log_level="warning")
     answers, process, address = {}, None, settings.address
     if not address:

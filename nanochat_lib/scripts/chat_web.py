@@ -3,9 +3,12 @@
 
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,18 +21,18 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tyro.conf import arg
 
 import nanochat_lib
 from nanochat_lib.chat import ChatModel, Sampling
 from nanochat_lib.common import NanochatError, pick_device, run_cli
-from nanochat_lib.protocol import ApiError, Reply, flag, read_request
+from nanochat_lib.protocol import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, ApiError, Reply, flag, read_request
 from nanochat_lib.serving import Broken, Full, Pool
 
 
 MAX_BYTES = 1 << 20  # of a request: far more than the limits of its messages let through
 SECONDS_TO_SEND = 20
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 async def read_body(request: Request) -> dict:
@@ -87,20 +90,43 @@ class ChatWeb:
     device_type: str = ""
 
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+LIMITS = {"temperature": (0, MAX_TEMPERATURE), "top_k": (0, MAX_TOP_K), "max_tokens": (1, MAX_TOKENS),
+          "rows": (1, 1_024), "max_waiting": (0, 10_000)}
+
+
+def check(settings: ChatWeb) -> None:
+    """NanochatError for a setting with which no request could be answered."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise NanochatError(f"--{name.replace('_', '-')} {value:g}: give a number from {low:g} to {high:,g}")
+
+
+POLICY = ("default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+          "form-action 'none'; frame-ancestors 'none'; script-src 'sha256-{}'")
+
+
+def policy(page: str) -> str:
+    """What a browser may do for the page: run the script it has, and no other."""
+    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
+    return POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
 def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
     """The server over a pool of replicas."""
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None)
-    if settings.host in ("127.0.0.1", "localhost"):  # a web site that renames itself to this address gets nothing
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    async def at_home(request: Request) -> None:
+        name = request.headers.get("host", "").partition(":")[0]
+        if settings.host in LOOPBACK and name not in LOOPBACK:  # a web site that renames itself to this address
+            raise ApiError(400, f"this server answers to {' and '.join(LOOPBACK)} only, unless started with --host")
+
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(at_home)])
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=[settings.cors], allow_methods=["GET", "POST"],
                            allow_headers=["Authorization", "Content-Type"])
     key = settings.api_key or os.environ.get("NANOCHAT_API_KEY", "")
     defaults = Sampling(settings.temperature, settings.top_k, settings.max_tokens)
     page = (Path(nanochat_lib.__file__).parent / "chat.html").read_text()
+    rules = policy(page)
     model = pool.replicas[0].model
 
     async def guard(request: Request) -> None:
@@ -126,7 +152,7 @@ def make_app(pool: Pool, settings: ChatWeb) -> FastAPI:
 
     @app.get("/")
     async def index() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
+        return HTMLResponse(page, headers={"Content-Security-Policy": rules, "X-Content-Type-Options": "nosniff"})
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     @app.post("/chat/completions", dependencies=guarded)
@@ -177,6 +203,7 @@ class Server(uvicorn.Server):
 
 def chat_web(settings: ChatWeb) -> None:
     """Serve a model to browsers and to clients of OpenAI's API."""
+    check(settings)
     kind = pick_device(settings.device_type)
     gpus = torch.cuda.device_count() if kind == "cuda" else 1
     replicas = gpus if settings.num_gpus < 0 else settings.num_gpus
@@ -187,7 +214,7 @@ def chat_web(settings: ChatWeb) -> None:
     pool = Pool(models, settings.max_waiting, settings.rows)
     app = make_app(pool, settings)
     print(f"{models[0].name} on {', '.join(devices)}: http://{settings.host}:{settings.port}", flush=True)
-    if settings.host not in ("127.0.0.1", "localhost") and not (settings.api_key or os.environ.get("NANOCHAT_API_KEY")):
+    if settings.host not in LOOPBACK and not (settings.api_key or os.environ.get("NANOCHAT_API_KEY")):
         print("anyone who reaches this machine can use it: set NANOCHAT_API_KEY to ask for a key", flush=True)
     Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning",
                           timeout_graceful_shutdown=2), pool).run()
