@@ -675,7 +675,10 @@ rows = {"norm and a matrix": (plain_norm_and_matrix, lambda x, matrix: norm(x * 
         "attention": (plain_attention, lambda *qkv: attention(*[(x * 1).transpose(1, 2) for x in qkv], 128), qkv),
         "softcap and loss": (plain_head, head_loss, [x, weight, targets])}
 megabytes = {name: [kept_bytes(function, *inputs) / 1e6 for function in pair] for name, (*pair, inputs) in rows.items()}
+for name, (plain, ours) in megabytes.items():
+    print(f"{name:18} plain {plain:6.1f} MB, ours {ours:5.1f} MB")
 
+# %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
 for place, (depth, vocabulary) in enumerate(((4, 1024), (4, 32768), (12, 32768), (24, 32768))):
     width, context = 64 * depth, 2048 if depth > 4 else 512
@@ -699,8 +702,6 @@ for number, label in enumerate(("plain", "ours")):
 _ = right.set(xticks=[place + 0.2 for place in range(len(megabytes))], xticklabels=list(megabytes), yscale="log",
               ylabel="kept for the way back (MB)")
 _ = right.legend()
-for name, (plain, ours) in megabytes.items():
-    print(f"{name:18} plain {plain:6.1f} MB, ours {ours:5.1f} MB")
 
 # %% [markdown]
 # What is left is arithmetic: matrix products, forward once and backward twice. Those get cheaper only with fewer bits a

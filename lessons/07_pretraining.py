@@ -1752,7 +1752,7 @@ import tyro
 from nanochat_lib.budget import Machine, peak_flops
 from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, load_optimizer, load_weights,
                                      prepare_directory, read_meta, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, check_run_name, compute_dtype, gather,
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, check_least, check_run_name, compute_dtype, gather,
                                  peak_memory_bytes, print0, progress)
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
@@ -1838,9 +1838,7 @@ def check_settings(settings: BaseTrain, device: torch.device | None = None) -> N
     if settings.compile and settings.no_compile:
         raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
                             "run decide")
-    for name, least in (("device_batch_size", 1), ("max_seq_len", 1), ("warmup_steps", 0), ("eval_tokens", 1)):
-        if getattr(settings, name) < least:
-            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least {least}")
+    check_least(settings, device_batch_size=1, max_seq_len=1, warmup_steps=0, eval_tokens=1)
     for name in ("num_iterations", "total_batch_size", "save_every", "keep_last"):
         if getattr(settings, name) != -1 and getattr(settings, name) < 1:
             raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least 1, or -1 for the "
@@ -2028,7 +2026,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nanochat_lib.common import NanochatError, gather, print0, together
+from nanochat_lib.common import NanochatError, gather, is_main_process, print0, together
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
 from nanochat_lib.gpt import GPT
 from nanochat_lib.pretraining import EVAL_TOKENS, Run
@@ -2058,6 +2056,15 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_token
                     break
                 tokens.append(token)
         samples.append(tokenizer.decode(tokens[1:]))
+    return samples
+
+
+def show_samples(model: GPT, tokenizer: Tokenizer, eval_bundle: str) -> list[str]:
+    """Draw samples on the main process and print them; the others have none. All processes call it."""
+    with together():
+        samples = draw_samples(model, tokenizer, sample_prompts(eval_bundle)) if is_main_process() else []
+    for text in samples:
+        print0("  " + " ".join(text.split()))
     return samples
 
 # %%
@@ -2133,11 +2140,7 @@ class Checkup:
         print0(f"step {run.step:5}: CORE {core['core_metric']:.4f}")
 
     def sample(self) -> None:
-        with together():
-            if self.run.runtime.is_main:
-                for text in draw_samples(self.run.orig_model, self.run.tokenizer,
-                                         sample_prompts(self.run.settings.eval_bundle)):
-                    print0("  " + " ".join(text.split()))
+        show_samples(self.run.orig_model, self.run.tokenizer, self.run.settings.eval_bundle)
 
 # %% [markdown]
 # And the loop, which is the whole of pretraining. A checkpoint is begun *before* the evaluations of its step.
@@ -2522,11 +2525,11 @@ except NanochatError as error:
 from dataclasses import dataclass
 
 from nanochat_lib.checkpoint import load_model, write_result
-from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start, together
+from nanochat_lib.common import NanochatError, Runtime, base_dir, check_least, print0, run_cli, start, together
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, write_tables
 from nanochat_lib.gpt import GPT
-from nanochat_lib.checkup import draw_samples, sample_prompts
+from nanochat_lib.checkup import show_samples
 from nanochat_lib.tokenizer import Tokenizer
 
 PARTS = ("core", "bpb", "sample")
@@ -2575,9 +2578,7 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
 def base_eval(settings: BaseEval) -> None:
     """Evaluate a base model: CORE, bits per byte, samples. A part that cannot run is reported, the others are done."""
     parts = [part.strip() for part in settings.eval.split(",") if part.strip()]
-    for name in ("device_batch_size", "split_tokens"):
-        if getattr(settings, name) < 1:
-            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least 1")
+    check_least(settings, device_batch_size=1, split_tokens=1)
     if not parts or set(parts) - set(PARTS):
         raise NanochatError(f"--eval {settings.eval!r} is unknown: choose from {', '.join(PARTS)}, separated by commas")
     runtime = start(settings.device_type)
@@ -2593,10 +2594,7 @@ def base_eval(settings: BaseEval) -> None:
             elif part == "bpb":
                 result["bpb"] = bpb_of_splits(settings, runtime, model, tokenizer)
             else:
-                with together():
-                    if runtime.is_main:
-                        result["samples"] = draw_samples(model, tokenizer, sample_prompts(settings.eval_bundle))
-                        print(*(f"  {' '.join(text.split())}" for text in result["samples"]), sep="\n", flush=True)
+                result["samples"] = show_samples(model, tokenizer, settings.eval_bundle)
         except (NanochatError, OSError) as error:
             failures.append(f"{part}: {error}")
             print0(f"left out: {failures[-1]}")

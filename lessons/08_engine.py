@@ -21,7 +21,7 @@
 # %% [markdown]
 # A model gives one thing: the probabilities of the next token. An answer of a hundred tokens takes a hundred calls, a
 # step of reinforcement learning takes 256 answers, a web server has strangers waiting. This lesson makes that fast
-# without changing a single token, and puts a calculator into the stream.
+# without changing what the model says (at temperature 0, token for token), and puts a calculator into the stream.
 #
 # First a small model with random weights to try things on. Speed does not depend on what a model knows.
 
@@ -1808,7 +1808,7 @@ class NumpyStep:
 
     @staticmethod
     def look_back(q: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
-        """Attention over parts (2, kv head, positions, head dim) → (C,). Scores are bounded (see decoder.look_back)."""
+        """Attention over parts (2, kv head, positions, head dim) → (C,). Scores are bounded (see lookback.look_back)."""
         q = q * np.float32(q.shape[-1] ** -0.5)
         total = weight = 0
         for keys, values in parts:
@@ -2630,8 +2630,9 @@ infer_bench(Settings(repeats=1, requests=16, questions=4, max_new_tokens=16, dev
 
 # %% [markdown]
 # A model this small is not bound by memory on a CPU but by the hundreds of little operations of a step, each of which
-# has a fixed price. A batch shares that price, which is why it gains so much. With a larger model the second line
-# comes nearer to 100 %.
+# has a fixed price. Alone, a row takes the NumPy step, whose operations cost little; in a batch PyTorch's are
+# shared. So a few short requests gain little, and many long ones much. With a larger model the second line comes nearer
+# to 100 %.
 #
 # ## Exercises
 #

@@ -696,8 +696,8 @@ Launcher("laptop")
 # ```
 #
 # What we have seen: several processes on CPUs, and one GPU. The same code on several GPUs is still to be seen, so spend
-# two minutes before you spend hours. Give this twice; stop the first one (Ctrl-C) once step 100 is saved, and the second
-# should go on from there:
+# minutes before you spend hours. Once there is text and a tokenizer (`--until tok_train`), give this twice; stop the
+# first one (Ctrl-C) when step 100 is saved, and the second should go on from there:
 # ```
 # torchrun --standalone --nproc-per-node=8 -m nanochat_lib.scripts.base_train -- --depth=4 --num-iterations=400 \
 #     --save-every=100 --core-metric-every=-1 --model-tag=check --resume

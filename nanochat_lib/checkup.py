@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nanochat_lib.common import NanochatError, gather, print0, together
+from nanochat_lib.common import NanochatError, gather, is_main_process, print0, together
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, read_bundle, read_items
 from nanochat_lib.gpt import GPT
 from nanochat_lib.pretraining import EVAL_TOKENS, Run
@@ -37,6 +37,15 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_token
                     break
                 tokens.append(token)
         samples.append(tokenizer.decode(tokens[1:]))
+    return samples
+
+
+def show_samples(model: GPT, tokenizer: Tokenizer, eval_bundle: str) -> list[str]:
+    """Draw samples on the main process and print them; the others have none. All processes call it."""
+    with together():
+        samples = draw_samples(model, tokenizer, sample_prompts(eval_bundle)) if is_main_process() else []
+    for text in samples:
+        print0("  " + " ".join(text.split()))
     return samples
 
 
@@ -111,8 +120,4 @@ class Checkup:
         print0(f"step {run.step:5}: CORE {core['core_metric']:.4f}")
 
     def sample(self) -> None:
-        with together():
-            if self.run.runtime.is_main:
-                for text in draw_samples(self.run.orig_model, self.run.tokenizer,
-                                         sample_prompts(self.run.settings.eval_bundle)):
-                    print0("  " + " ".join(text.split()))
+        show_samples(self.run.orig_model, self.run.tokenizer, self.run.settings.eval_bundle)

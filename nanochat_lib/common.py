@@ -230,6 +230,13 @@ def progress(iterable: Any = None, total: int | None = None, desc: str = "", ini
                 mininterval=0.2 if live else 10, dynamic_ncols=live, leave=not live)
 
 
+def check_least(settings: Any, **least: int) -> None:
+    """NanochatError for the first of these settings that is less than its least value."""
+    for name, value in least.items():
+        if getattr(settings, name) < value:
+            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least {value}")
+
+
 def check_run_name(run: str) -> None:
     """A run with a name ("dummy" is none) goes to Weights & Biases: NanochatError where that is not installed."""
     if run != "dummy" and find_spec("wandb") is None:

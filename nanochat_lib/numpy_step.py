@@ -78,7 +78,7 @@ class NumpyStep:
 
     @staticmethod
     def look_back(q: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
-        """Attention over parts (2, kv head, positions, head dim) → (C,). Scores are bounded (see decoder.look_back)."""
+        """Attention over parts (2, kv head, positions, head dim) → (C,). Scores are bounded (see lookback.look_back)."""
         q = q * np.float32(q.shape[-1] ** -0.5)
         total = weight = 0
         for keys, values in parts:

@@ -14,7 +14,7 @@ import tyro
 from nanochat_lib.budget import Machine, peak_flops
 from nanochat_lib.checkpoint import (check_tokenizer, checkpoint_directory, load_optimizer, load_weights,
                                      prepare_directory, read_meta, steps_in, write_result)
-from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, check_run_name, compute_dtype, gather,
+from nanochat_lib.common import (MetricsLog, NanochatError, Runtime, check_least, check_run_name, compute_dtype, gather,
                                  peak_memory_bytes, print0, progress)
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.fp8 import convert_to_fp8, lacks_fp8
@@ -98,9 +98,7 @@ def check_settings(settings: BaseTrain, device: torch.device | None = None) -> N
     if settings.compile and settings.no_compile:
         raise NanochatError("--compile and --no-compile exclude each other: give one, or none to let the length of the "
                             "run decide")
-    for name, least in (("device_batch_size", 1), ("max_seq_len", 1), ("warmup_steps", 0), ("eval_tokens", 1)):
-        if getattr(settings, name) < least:
-            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least {least}")
+    check_least(settings, device_batch_size=1, max_seq_len=1, warmup_steps=0, eval_tokens=1)
     for name in ("num_iterations", "total_batch_size", "save_every", "keep_last"):
         if getattr(settings, name) != -1 and getattr(settings, name) < 1:
             raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give at least 1, or -1 for the "

@@ -105,9 +105,11 @@ def test_what_differs_from_the_checkpoint_is_said(data, capsys):
     base_train(BaseTrain(**{**SMALL, "num_iterations": 5, "matrix_lr": 0.01}, data_dir=data, resume=True))
     said = capsys.readouterr().out
     assert "--matrix-lr: 0.02 in the checkpoint, 0.01 from now on" in said and "--depth:" not in said
+    write_shard(Path(data), 2, [["more text"] * 400])  # as a download that goes on: no other data
+    base_train(BaseTrain(**{**SMALL, "num_iterations": 6}, data_dir=data, resume=True))
     write_shard(Path(data), 0, [["another text"] * 400])
-    with pytest.raises(NanochatError, match="is not the data of the checkpoint, which had 1 files"):
-        base_train(BaseTrain(**{**SMALL, "num_iterations": 6}, data_dir=data, resume=True))
+    with pytest.raises(NanochatError, match="is not the data of the checkpoint, which had 2 files"):
+        base_train(BaseTrain(**{**SMALL, "num_iterations": 7}, data_dir=data, resume=True))
 
 
 def test_an_evaluation_that_one_of_two_processes_cannot_run_does_not_cost_the_run(data, base_dir, run_module):

@@ -5,11 +5,11 @@
 from dataclasses import dataclass
 
 from nanochat_lib.checkpoint import load_model, write_result
-from nanochat_lib.common import NanochatError, Runtime, base_dir, print0, run_cli, start, together
+from nanochat_lib.common import NanochatError, Runtime, base_dir, check_least, print0, run_cli, start, together
 from nanochat_lib.dataloader import PackedLoader
 from nanochat_lib.evaluation import evaluate_bpb, evaluate_core, write_tables
 from nanochat_lib.gpt import GPT
-from nanochat_lib.checkup import draw_samples, sample_prompts
+from nanochat_lib.checkup import show_samples
 from nanochat_lib.tokenizer import Tokenizer
 
 PARTS = ("core", "bpb", "sample")
@@ -56,9 +56,7 @@ def bpb_of_splits(settings: BaseEval, runtime: Runtime, model: GPT, tokenizer: T
 def base_eval(settings: BaseEval) -> None:
     """Evaluate a base model: CORE, bits per byte, samples. A part that cannot run is reported, the others are done."""
     parts = [part.strip() for part in settings.eval.split(",") if part.strip()]
-    for name in ("device_batch_size", "split_tokens"):
-        if getattr(settings, name) < 1:
-            raise NanochatError(f"--{name.replace('_', '-')} {getattr(settings, name)}: it must be at least 1")
+    check_least(settings, device_batch_size=1, split_tokens=1)
     if not parts or set(parts) - set(PARTS):
         raise NanochatError(f"--eval {settings.eval!r} is unknown: choose from {', '.join(PARTS)}, separated by commas")
     runtime = start(settings.device_type)
@@ -74,10 +72,7 @@ def base_eval(settings: BaseEval) -> None:
             elif part == "bpb":
                 result["bpb"] = bpb_of_splits(settings, runtime, model, tokenizer)
             else:
-                with together():
-                    if runtime.is_main:
-                        result["samples"] = draw_samples(model, tokenizer, sample_prompts(settings.eval_bundle))
-                        print(*(f"  {' '.join(text.split())}" for text in result["samples"]), sep="\n", flush=True)
+                result["samples"] = show_samples(model, tokenizer, settings.eval_bundle)
         except (NanochatError, OSError) as error:
             failures.append(f"{part}: {error}")
             print0(f"left out: {failures[-1]}")
